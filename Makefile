@@ -1,0 +1,31 @@
+# Each command sets itself up in a virtual environment of its own and needs nothing before it but Python 3.11+.
+PYTHON ?= python3
+DEMO_ENV ?= .venv
+TEST_ENV ?= .venv-test
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(DEMO_ENV)/.ready  ## a real model thinks, embeds and searches
+	$(DEMO_ENV)/bin/search-r3 demo
+
+test: $(TEST_ENV)/.ready  ## all tests, offline
+	$(TEST_ENV)/bin/python -m pytest
+
+check: $(TEST_ENV)/.ready  ## style and types
+	$(TEST_ENV)/bin/ruff check .
+	$(TEST_ENV)/bin/ruff format --check .
+	$(TEST_ENV)/bin/mypy
+
+$(DEMO_ENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_ENV)
+	$(DEMO_ENV)/bin/python $(PIP_INSTALL) -e '.[all]'
+	touch $@
+
+$(TEST_ENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TEST_ENV)
+	$(TEST_ENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(DEMO_ENV) $(TEST_ENV)

@@ -1,0 +1,24 @@
+"""Errors that a user can act on: what happened, where, and what to do next.
+
+The command line prints them as one line and exits with status 2; anything else is a bug and shows its traceback.
+"""
+
+
+class SearchR3Error(Exception):
+    """Base of every error that the user, not a programmer, can mend."""
+
+
+class DataError(SearchR3Error):
+    """A document, query or judgement that cannot be used; the message names file, line and field."""
+
+
+class EmptyTextError(DataError):
+    """A document without any text."""
+
+
+class CheckpointError(SearchR3Error):
+    """A model folder that cannot be loaded, fetched or trusted."""
+
+
+class StoreError(SearchR3Error):
+    """An index folder that cannot be opened, trusted or written."""

@@ -1,0 +1,47 @@
+"""Split long documents into overlapping passages, by tokens of the model that will embed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from search_r3.records import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Splitting:
+    """How long a passage is. Part of an index's identity: changing it re-encodes what it touches."""
+
+    tokens: int = 256
+    """Most tokens of body in a passage; 0 keeps every document whole (cut at the model's maximum)."""
+    overlap: int = 32
+    """Tokens that a passage repeats from the one before."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or not 0 <= self.overlap < max(self.tokens, 1):
+            raise ValueError(f"need tokens >= 0 and 0 <= overlap < tokens, got {self}")
+
+
+def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[tuple[int, int]]:
+    """Character ranges [start, end) of the document's passages, in order; they cover its whole body.
+
+    tokenizer: a fast tokenizer (it must know the character offsets of its tokens).
+    """
+    text = document.text
+    # A token is at least one byte long, so a short text needs no tokenising.
+    if splitting.tokens == 0 or len(text.encode()) <= splitting.tokens:
+        yield 0, len(text)
+        return
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    if len(offsets) <= splitting.tokens:
+        yield 0, len(text)
+        return
+    step = splitting.tokens - splitting.overlap
+    for first in range(0, len(offsets) - splitting.overlap, step):
+        last = min(first + splitting.tokens, len(offsets)) - 1
+        start = offsets[first][0] if first else 0
+        end = offsets[last][1] if last + 1 < len(offsets) else len(text)
+        if text[start:end].strip():
+            yield start, end

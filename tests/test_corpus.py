@@ -1,0 +1,144 @@
+import gzip
+import json
+
+import pytest
+
+from search_r3.corpus import Fields, read_documents, read_judgements, read_queries
+from search_r3.errors import DataError
+from search_r3.evaluate.collection import DEMO
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+GOOD = {"_id": "1", "title": "T", "text": "body", "year": 1999}
+
+
+def test_jsonl_with_metadata_and_gzip(tmp_path):
+    path = write(tmp_path / "c.jsonl", GOOD, "", {"id": 7, "contents": "only text", "metadata": {"x": [1]}})
+    one, two = read_documents(path)
+    assert (one.id, one.title, one.text, one.metadata, one.content) == ("1", "T", "body", {"year": 1999}, "T\nbody")
+    assert (two.id, two.content, two.metadata) == ("7", "only text", {"x": [1]})
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [d.id for d in read_documents(tmp_path / "c.jsonl.gz")] == ["1", "7"]
+
+
+def test_beir_folder_and_bundled_demo():
+    documents = list(read_documents(DEMO))
+    queries, judgements = read_queries(DEMO / "queries.jsonl"), read_judgements(DEMO / "qrels/test.tsv")
+    assert (len(documents), len(queries), len(judgements)) == (200, 50, 50)
+    assert {d for docs in judgements.values() for d in docs} <= {d.id for d in documents}
+
+
+def test_csv_tsv_and_named_fields(tmp_path):
+    path = write(tmp_path / "c.csv", "key,body,head,lang", '1,"two\nlines, quoted",A,en')
+    (document,) = read_documents(path, Fields(id="key", title="head"))
+    assert (document.id, document.text, document.title, document.metadata) == (
+        "1",
+        "two\nlines, quoted",
+        "A",
+        {"lang": "en"},
+    )
+    (document,) = read_documents(write(tmp_path / "c.tsv", "id\ttext", "x\thello"))
+    assert document.text == "hello"
+
+
+def test_folder_of_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "b.md", "# B")
+    write(tmp_path / "a.txt", "A")
+    write(tmp_path / "ignored.bin", "?")
+    assert [(d.id, d.title) for d in read_documents(tmp_path)] == [("a.txt", "a"), ("sub/b.md", "b")]
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"id": ["1", "2"], "text": ["a", ""]}), tmp_path / "c.parquet")
+    documents = read_documents(tmp_path / "c.parquet")
+    assert next(documents).text == "a"
+    with pytest.raises(DataError, match=r"c\.parquet, row 2: field 'text' of document '2' is empty"):
+        next(documents)
+    (tmp_path / "bad.parquet").write_bytes(b"nope")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(read_documents(tmp_path / "bad.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", r"c\.jsonl:2: broken JSON \(Expecting property name.* at column 2\)"),
+        ("[1]", r"c\.jsonl:2: a list; every line must be one JSON object"),
+        ({"text": "x"}, r"c\.jsonl:2: no field for the id .*found text\); name it with --id-field"),
+        ({"_id": "2"}, r"c\.jsonl:2: no field for the text"),
+        ({"_id": "", "text": "x"}, r"c\.jsonl:2: field '_id' must be a non-empty string"),
+        ({"_id": None, "text": "x"}, r"c\.jsonl:2: field '_id' must be"),
+        ({"_id": "2", "text": 5}, r"c\.jsonl:2: field 'text' must be text, got int"),
+        ({"_id": "2", "text": None}, r"c\.jsonl:2: field 'text' must be text, got nothing"),
+        ({"_id": "2", "text": " \n"}, r"c\.jsonl:2: field 'text' of document '2' is empty"),
+        ({"_id": "1", "text": "x"}, r"c\.jsonl:2: id '1' was used before, in c\.jsonl:1"),
+        ('{"_id": "2", "text": "\\ud800"}', r"c\.jsonl:2: field 'text' holds half of a surrogate pair"),
+    ],
+)
+def test_bad_records_are_named_or_skipped(tmp_path, line, message):
+    path = write(tmp_path / "c.jsonl", GOOD, line, {"_id": "3", "text": "fine"})
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_documents(path))
+    assert "\n" not in str(caught.value)
+    bad = []
+    assert [d.id for d in read_documents(path, on_bad=bad.append)] == ["1", "3"]
+    assert len(bad) == 1
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"_id": "2", "text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"c\.jsonl:2: byte 26 of the line is not UTF-8"):
+        list(read_documents(path))
+    (tmp_path / "c.csv").write_bytes(b"id,text\n1,caf\xe9\n")
+    with pytest.raises(DataError, match=r"c\.csv:2: byte 6 of the line is not UTF-8"):
+        list(read_documents(tmp_path / "c.csv"))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"x\.txt: byte 4 is not UTF-8"):
+        list(read_documents(tmp_path / "d"))
+
+
+def test_broken_tables_and_archives(tmp_path):
+    with pytest.raises(DataError, match=r"c\.csv:3: 1 columns, but the header names 2"):
+        list(read_documents(write(tmp_path / "c.csv", "id,text", "1,a", "2")))
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match="empty; the first line must name the columns"):
+        list(read_documents(tmp_path / "empty.csv"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-20])
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        list(read_documents(tmp_path / "cut.jsonl.gz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "no such file or folder"), ("x.docx", "unknown kind of source")]
+)
+def test_unknown_sources(tmp_path, name, message):
+    (tmp_path / "x.docx").touch()
+    with pytest.raises(DataError, match=message):
+        list(read_documents(tmp_path / name))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(DataError, match=r"no corpus\.jsonl and no \.txt or \.md file"):
+        list(read_documents(tmp_path))
+
+
+def test_queries_and_judgements_are_checked(tmp_path):
+    with pytest.raises(DataError, match=r"q\.jsonl:2: query id 'q' was used before"):
+        read_queries(write(tmp_path / "q.jsonl", {"_id": "q", "text": "a"}, {"_id": "q", "text": "b"}))
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'text' of query 'q' is empty"):
+        read_queries(write(tmp_path / "q.jsonl", {"_id": "q", "text": " "}))
+    with pytest.raises(DataError, match=r"t\.tsv:2: 2 columns"):
+        read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td"))
+    with pytest.raises(DataError, match=r"t\.tsv:2: score 'x' is not a whole number"):
+        read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td\tx"))
