@@ -1,0 +1,1 @@
+"""From text to vectors: prompts, checkpoints, the embedding itself, the engine and the reasoning decoder."""

@@ -1,0 +1,144 @@
+"""From texts to vectors, fast: the constant prompt prefix is computed once, batches hold little padding, and only the
+backbone runs (no language-model head).
+
+A turn is `prefix + tail`. The prefix is fixed by the act and shared as a key-value cache by every row of every batch;
+the tail is the user's text (control tokens disabled), the act's suffix, anything the assistant has said, and E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from search_r3.errors import DataError
+from search_r3.model.cache import Prefix, take_prefix
+from search_r3.model.embedding import embed
+from search_r3.model.prompts import ActName, Prompts
+from search_r3.progress import Meter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Engine:
+    """Turns token sequences into embeddings with one model.
+
+    dims: keep the first components of each vector; None keeps all.
+    batch_tokens: upper bound of rows x longest tail in one forward pass; the default suits the device.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        embed_token_id: int,
+        *,
+        dims: int | None = None,
+        batch_tokens: int | None = None,
+    ):
+        if embed_token_id == 0:
+            raise ValueError("the embedding token must not have id 0, which pads batches")
+        self.model, self.tokenizer, self.prompts, self.embed_token_id = model, tokenizer, prompts, embed_token_id
+        self.dimension: int = dims or model.config.get_text_config().hidden_size
+        self.backbone = model.get_decoder()
+        self.device: torch.device = model.device
+        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 32768)
+        self._prefixes: dict[ActName, tuple[int, Prefix]] = {}
+        self._fixed = {
+            act: (self._control_ids(getattr(prompts, act).prefix), self._control_ids(getattr(prompts, act).suffix))
+            for act in ("embed", "reason")
+        }
+
+    def _control_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of users' texts, stripped at both ends. Control tokens written in them stay ordinary characters."""
+        if not texts:
+            return []
+        stripped = [text.strip() for text in texts]
+        return list(self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def prefix_ids(self, act: ActName) -> list[int]:
+        """Tokens before the user's text."""
+        return self._fixed[act][0]
+
+    def tails(self, texts: Sequence[str], act: ActName, max_tokens: int) -> list[list[int]]:
+        """What follows the prefix, up to where the model speaks: text cut to `max_tokens`, then the suffix.
+
+        Raises DataError for an empty text, naming its position.
+        """
+        suffix = self._fixed[act][1]
+        tails = []
+        for number, ids in enumerate(self.plain_ids(texts)):
+            if not ids:
+                raise DataError(f"text number {number + 1} is empty: there is nothing to embed; remove it or fill it")
+            tails.append(ids[:max_tokens] + suffix)
+        return tails
+
+    def encode(
+        self, tails: Sequence[Sequence[int]], act: ActName, *, label: str = "encode", progress: bool | None = False
+    ) -> np.ndarray:
+        """Embed each `prefix + tail + E`. Returns (N, D) float32 with unit rows, in input order.
+
+        tails: tokens after the prefix, without the final E, which is appended here and so survives any truncation.
+        progress: True draws a bar, None draws it on a terminal only.
+        """
+        complete = [[*tail, self.embed_token_id] for tail in tails]
+        vectors = np.empty((len(complete), self.dimension), dtype=np.float32)
+        with Meter(label, len(complete), "texts", progress) as meter:
+            for rows in self._batches([len(tail) for tail in complete]):
+                vectors[rows] = self._forward([complete[row] for row in rows], act).cpu().numpy()
+                meter.advance(len(rows), sum(len(complete[row]) for row in rows))
+        return vectors
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Row numbers by falling length, so that a batch is nearly rectangular and the largest comes first."""
+        batch: list[int] = []
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _forward(self, tails: Sequence[Sequence[int]], act: ActName) -> Tensor:
+        """(B, D) embeddings of one batch, padded on the right: causal attention never lets a token see the padding."""
+        ids = torch.zeros(len(tails), max(map(len, tails)), dtype=torch.long)  # (B, T)
+        for row, tail in enumerate(tails):
+            ids[row, : len(tail)] = torch.tensor(tail)
+        ids = ids.to(self.device)
+        prefix = self.prefix(act)
+        positions = torch.arange(prefix.length, prefix.length + ids.shape[1], device=self.device)[None]  # (1, T)
+        states = self.backbone(
+            input_ids=ids, position_ids=positions, past_key_values=prefix.cache(*ids.shape), use_cache=True
+        ).last_hidden_state  # (B, T, H)
+        return self.embed(states, ids)
+
+    def embed(self, last_hidden_state: Tensor, input_ids: Tensor) -> Tensor:
+        """`embedding.embed` with this model's token and width: (B, T, H), (B, T) -> (B, D)."""
+        return embed(last_hidden_state, input_ids, self.embed_token_id, self.dimension)
+
+    def prefix(self, act: ActName) -> Prefix:
+        """Keys and values of the act's constant prefix under the current weights.
+
+        PyTorch counts in-place writes to each parameter; when the count has moved (an optimiser step, loaded weights),
+        the prefix is computed anew.
+        """
+        version = sum(parameter._version for parameter in self.model.parameters())
+        cached = self._prefixes.get(act)
+        if cached is None or cached[0] != version:
+            with torch.inference_mode():
+                ids = torch.tensor([self.prefix_ids(act)], device=self.device)
+                cache = DynamicCache()
+                self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+                cached = self._prefixes[act] = (version, take_prefix(cache))
+        return cached[1]

@@ -1,0 +1,194 @@
+"""The public face of a model that thinks, then embeds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from search_r3.errors import CheckpointError
+from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
+from search_r3.model.engine import Engine
+from search_r3.model.prompts import Prompts, SystemPrompts
+from search_r3.model.reasoning import Sampling, TextCallback, reason
+from search_r3.records import Document, Reasoned
+
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+
+
+class SearchR3:
+    """An instruction model with an embedding token: encodes documents, and queries with or without reasoning.
+
+    >>> model = SearchR3.from_pretrained("default")  # doctest: +SKIP
+    >>> documents = model.encode_documents(["tar archives files", "ls lists files"])  # doctest: +SKIP
+    >>> queries = model.encode_queries(["pack a folder into one file"], reason=True)  # doctest: +SKIP
+    >>> model.similarity(queries, documents).shape  # doctest: +SKIP
+    (1, 2)
+    """
+
+    def __init__(self, engine: Engine, manifest: Manifest, source: str):
+        self.engine, self.manifest, self.source = engine, manifest, source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = "default",
+        *,
+        device: str | None = None,
+        dtype: Dtype = "auto",
+        dims: int | None = None,
+        prompts: Prompts | SystemPrompts | None = None,
+        embed_token: str | None = None,
+        batch_tokens: int | None = None,
+        compile: bool = False,
+    ) -> SearchR3:
+        """Load a checkpoint.
+
+        source: "default" (the embedded model, fetched once), a folder, an adapter folder, or a hub name.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        dtype: "auto" is float32 on a CPU and bfloat16 on a GPU; "int8" (CPU only) stores linear weights in 8 bits.
+            Vectors are always returned as float32.
+        dims: keep only the first components of each vector.
+        prompts, embed_token: for models of other projects, which carry no manifest of ours.
+        batch_tokens: tokens in one forward pass; lower it if memory runs out.
+        compile: `torch.compile` the backbone; pays after minutes of encoding.
+        Raises CheckpointError when the model cannot be found, trusted or run.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "int8" and place.type != "cpu":
+            raise CheckpointError("dtype int8 is for CPUs; on a GPU use bfloat16")
+        if dtype == "auto":
+            dtype = "float32" if place.type == "cpu" else "bfloat16"
+        folder = resolve(source)
+        precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        model, tokenizer, manifest = load(folder, precision, prompts=prompts, embed_token=embed_token)
+        if dims is not None and not 1 <= dims <= manifest.dimension:
+            raise CheckpointError(f"dims={dims}: must be between 1 and the model's {manifest.dimension}")
+        try:
+            model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"device {place}: {str(error).splitlines()[0]}") from error
+        if dtype == "int8":
+            _quantise(model)
+        engine = Engine(
+            model, tokenizer, manifest.prompts, manifest.embed_token_id, dims=dims, batch_tokens=batch_tokens
+        )
+        if compile:
+            engine.backbone = torch.compile(engine.backbone, dynamic=True)
+        return cls(engine, manifest, str(source))
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors this object returns."""
+        return self.engine.dimension
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the space that document vectors live in; an index accepts only its own."""
+        return self.manifest.fingerprint
+
+    def encode_documents(
+        self,
+        documents: Iterable[str | Document],
+        *,
+        max_tokens: int | None = None,
+        progress: bool | None = False,
+        label: str = "encode",
+    ) -> np.ndarray:
+        """Embed documents. Returns (N, dimension) float32 with unit rows, in input order.
+
+        max_tokens: cut longer texts; default: the checkpoint's. Raises DataError for an empty text.
+        """
+        texts = [item.content if isinstance(item, Document) else item for item in documents]
+        tails = self.engine.tails(texts, "embed", max_tokens or self.manifest.max_tokens.document)
+        return self.engine.encode(tails, "embed", label=label, progress=progress)
+
+    def encode_queries(
+        self,
+        queries: Sequence[str],
+        *,
+        reason: bool = False,
+        max_tokens: int | None = None,
+        progress: bool | None = False,
+    ) -> np.ndarray:
+        """Embed queries, after reasoning over them if `reason`. Returns (N, dimension) float32 with unit rows."""
+        if reason:
+            results = self.reason(queries, max_tokens=max_tokens, progress=progress)
+            return np.stack([r.vector for r in results]) if results else np.empty((0, self.dimension), np.float32)
+        tails = self.engine.tails(queries, "embed", max_tokens or self.manifest.max_tokens.query)
+        return self.engine.encode(tails, "embed", label="queries", progress=progress)
+
+    def reason(
+        self,
+        queries: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        samples: int = 1,
+        batch_rows: int = 32,
+        on_text: TextCallback | None = None,
+        progress: bool | None = False,
+    ) -> list[Reasoned]:
+        """Think about each query, then embed it. Returns len(queries) x samples results, a query's side by side.
+
+        max_new_tokens: most tokens to think; default: the checkpoint's. temperature 0 is greedy. The same seed gives
+        the same text. on_text(row, piece) is called as text appears.
+        """
+        limit = max_new_tokens or self.manifest.max_tokens.reasoning
+        tails = self.engine.tails(queries, "reason", max_tokens or self.manifest.max_tokens.query)
+        return reason(
+            self.engine,
+            tails,
+            Sampling(limit, temperature, top_p, seed),
+            samples=samples,
+            batch_rows=batch_rows,
+            on_text=on_text,
+            progress=progress,
+        )
+
+    def encode_reasoned(
+        self, queries: Sequence[str], thoughts: Sequence[Sequence[int]], *, max_tokens: int | None = None
+    ) -> np.ndarray:
+        """Embed queries after given reasonings, as if the model had written them. Returns (N, dimension) float32.
+
+        thoughts: tokens of each reasoning without control tokens; `engine.plain_ids` makes them from text.
+        """
+        tails = self.engine.tails(queries, "reason", max_tokens or self.manifest.max_tokens.query)
+        return self.engine.encode([tail + list(ids) for tail, ids in zip(tails, thoughts, strict=True)], "reason")
+
+    @staticmethod
+    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Cosines, (Q, N) float32, of unit vectors (Q, D) and (N, D)."""
+        scores: np.ndarray = np.asarray(queries, np.float32) @ np.asarray(documents, np.float32).T
+        return scores
+
+    def save_pretrained(self, folder: str | Path) -> Manifest:
+        """Write the model (an adapter merged) as a plain checkpoint folder. Raises FileExistsError if it exists."""
+        manifest, model = self.manifest, self.engine.model
+        if any("quantized" in type(part).__module__ for part in model.modules()):
+            raise CheckpointError("an int8 model cannot be saved; load it with dtype float32 first")
+        return save(
+            Path(folder),
+            model,
+            self.engine.tokenizer,
+            manifest.prompts,
+            embed_token=manifest.embed_token,
+            max_tokens=manifest.max_tokens,
+            parent=manifest.parent or Parent(source=self.source, weights_sha256=manifest.weights_sha256),
+        )
+
+
+def _quantise(model: torch.nn.Module) -> None:
+    """8-bit linear weights (one scale a row) with activations quantised on the fly; changes the model."""
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, inplace=True)

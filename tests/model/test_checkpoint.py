@@ -1,0 +1,199 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from search_r3 import SearchR3
+from search_r3.errors import CheckpointError
+from search_r3.model import checkpoint as module
+from search_r3.model.checkpoint import EMBED_TOKEN, initialise, read_manifest, resolve
+from search_r3.model.prompts import SystemPrompts
+from tests.conftest import TEXTS, build_base
+
+
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_vocabulary_grows_only_where_there_is_no_spare_row(tmp_path, base_folder, checkpoint):
+    before = json.loads((base_folder / "config.json").read_text())["vocab_size"]
+    assert json.loads((checkpoint / "config.json").read_text())["vocab_size"] == before + 1
+    build_base(tmp_path / "spare", spare=5)
+    initialise(tmp_path / "spare", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == before + 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_new_row_is_the_mean_of_the_trained_rows(tmp_path, tied):
+    initialise(build_base(tmp_path / "base", spare=5, tied=tied), tmp_path / "out")
+    model = SearchR3.from_pretrained(tmp_path / "out")
+    token = model.engine.embed_token_id
+    for table in {model.engine.model.get_input_embeddings().weight, model.engine.model.get_output_embeddings().weight}:
+        torch.testing.assert_close(table[token], table[:token].mean(dim=0))
+
+
+def test_save_and_load_keep_vectors_and_prompts(model, tmp_path):
+    manifest = model.save_pretrained(tmp_path / "saved")
+    again = SearchR3.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(model.encode_documents(TEXTS), again.encode_documents(TEXTS))
+    assert again.manifest.prompts == model.manifest.prompts
+    assert again.fingerprint == model.fingerprint == manifest.fingerprint
+    with pytest.raises(FileExistsError):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_own_prompts_change_the_space_but_not_by_the_reason_prompt(checkpoint, model):
+    other = SearchR3.from_pretrained(checkpoint, prompts=SystemPrompts(embed_system="Something else."))
+    assert other.fingerprint != model.fingerprint
+    thinker = SearchR3.from_pretrained(checkpoint, prompts=SystemPrompts(reason_system="Think."))
+    assert thinker.fingerprint == model.fingerprint
+    assert "Think." in thinker.manifest.prompts.reason.prefix
+
+
+def test_model_of_another_project_runs_with_its_own_token_and_prompts(base_folder):
+    words = SystemPrompts(embed_system="Represent.", reason_system="Reason.", embed_reply="Here:")
+    model = SearchR3.from_pretrained(base_folder, prompts=words, embed_token="<|im_start|>")
+    assert model.encode_documents(TEXTS).shape == (len(TEXTS), 32)
+    assert model.manifest.prompts.embed.suffix.endswith("Here:")
+
+
+def test_a_model_without_the_token_says_how_to_add_it(base_folder):
+    with pytest.raises(CheckpointError, match=r"no <\|embed_token\|>; add it with: search-r3 init"):
+        SearchR3.from_pretrained(base_folder)
+
+
+def damage_truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_flip(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+def damage_missing(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_manifest(folder):
+    (folder / "search_r3.json").write_text("{broken")
+
+
+def damage_field(folder):
+    raw = json.loads((folder / "search_r3.json").read_text())
+    raw["dimension"] = "wide"
+    (folder / "search_r3.json").write_text(json.dumps(raw))
+
+
+def damage_newer(folder):
+    (folder / "search_r3.json").write_text(json.dumps({"format": 99, "something": "new"}))
+
+
+def damage_config(folder):
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, r"model.safetensors: content does not match"),
+        (damage_flip, r"model.safetensors: content does not match"),
+        (damage_missing, r"model.safetensors: missing"),
+        (damage_manifest, r"search_r3.json: not a readable manifest"),
+        (damage_field, r"search_r3.json: field dimension"),
+        (damage_newer, r"format 99 is newer"),
+        (damage_config, r"no config.json"),
+    ],
+)
+def test_damage_is_one_line_that_names_the_file(checkpoint, tmp_path, damage, message):
+    folder = copy(checkpoint, tmp_path)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SearchR3.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_without_a_manifest_are_refused_too(checkpoint, tmp_path):
+    folder = copy(checkpoint, tmp_path)
+    (folder / "search_r3.json").unlink()
+    damage_truncate(folder)
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        SearchR3.from_pretrained(folder)
+
+
+def test_pickled_weights_are_refused(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "pickle")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors weights"):
+        SearchR3.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "./missing", "missing"])
+def test_unknown_source(source):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(source)
+
+
+def test_hub_without_network_is_one_line():
+    with pytest.raises(CheckpointError, match="cannot fetch someone/model from the model hub") as caught:
+        resolve("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_lora_adapter_loads_on_top_of_its_checkpoint(checkpoint, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = SearchR3.from_pretrained(checkpoint)
+    plain = model.encode_documents(TEXTS)
+    config = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[model.engine.embed_token_id])
+    tuned = get_peft_model(model.engine.model, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _name, parameter in tuned.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.eval()
+    tuned.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    expected = model.encode_documents(TEXTS)
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = SearchR3.from_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(loaded.encode_documents(TEXTS), expected, atol=1e-5)
+    assert np.abs(expected - plain).max() > 1e-2
+    assert loaded.fingerprint != SearchR3.from_pretrained(checkpoint).fingerprint
+    loaded.save_pretrained(tmp_path / "merged")
+    merged = SearchR3.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(merged.encode_documents(TEXTS), expected, atol=1e-5)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_says_where_a_checkpoint_came_from(checkpoint, base_folder):
+    manifest = read_manifest(checkpoint)
+    assert manifest.parent.source == str(base_folder)
+    assert manifest.embed_token == EMBED_TOKEN
+    assert set(manifest.files) == {"model.safetensors", "tokenizer.json"}
+    assert set(manifest.versions) == {"search-r3", "transformers", "torch"}
+
+
+def test_changed_weights_change_the_fingerprint(checkpoint, tmp_path, model):
+    folder = copy(checkpoint, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "search_r3.json").unlink()
+    assert SearchR3.from_pretrained(folder).fingerprint != model.fingerprint
