@@ -1,0 +1,1 @@
+"""Nearest-neighbour search over vectors, and the folder that keeps vectors and documents. No model is imported here."""

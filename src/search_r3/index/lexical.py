@@ -1,0 +1,80 @@
+"""BM25 over passages (bm25s), the lexical half of hybrid search and the baseline of every table.
+
+Lucene's idf, k1 0.9, b 0.4, English stemming and stop words: the setting of the BEIR and Anserini baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search_r3.errors import StoreError
+
+
+class LexicalIndex:
+    """BM25 scores over numbered texts. `retriever` is None when no text has a word that is worth indexing."""
+
+    def __init__(self, retriever: Any | None, rows: np.ndarray):
+        self._retriever, self._rows = retriever, rows
+
+    @classmethod
+    def build(cls, texts: Sequence[str], rows: Sequence[int]) -> LexicalIndex:
+        """Index texts under these row numbers."""
+        import bm25s
+
+        tokens = _tokenise(list(texts))
+        retriever = None
+        if any(tokens.vocab):
+            retriever = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
+            retriever.index(tokens, show_progress=False)
+        return cls(retriever, np.asarray(rows, dtype=np.int64))
+
+    def save(self, folder: Path) -> None:
+        """Write into an existing folder."""
+        np.save(folder / "rows.npy", self._rows)
+        if self._retriever is not None:
+            self._retriever.save(str(folder / "bm25s"))
+
+    @classmethod
+    def load(cls, folder: Path) -> LexicalIndex:
+        """Load what `save` wrote. Raises StoreError if it is damaged."""
+        import bm25s
+
+        try:
+            rows = np.load(folder / "rows.npy")
+            inner = folder / "bm25s"
+            return cls(bm25s.BM25.load(str(inner)) if inner.exists() else None, rows)
+        except Exception as error:
+            raise StoreError(f"{folder}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1)."""
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        wanted = min(k, len(self._rows))
+        if not wanted or self._retriever is None:
+            return scores, rows
+        found, values = self._retriever.retrieve(_tokenise(list(queries)), k=wanted, show_progress=False)
+        positive = values > 0
+        scores[:, :wanted] = np.where(positive, values, -np.inf)
+        rows[:, :wanted] = np.where(positive, self._rows[found], -1)
+        return scores, rows
+
+
+def _tokenise(texts: list[str]) -> Any:
+    import bm25s
+    import Stemmer
+
+    return bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+
+
+def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], constant: int = 60) -> dict[str, float]:
+    """Fused score of every id: 1 / (constant + rank), summed over the rankings that hold it (Cormack et al., 2009)."""
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, item in enumerate(ranking, 1):
+            scores[item] = scores.get(item, 0.0) + 1 / (constant + rank)
+    return scores

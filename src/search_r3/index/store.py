@@ -1,0 +1,423 @@
+"""The folder on disk that holds an index: vectors in one flat file, everything else in SQLite.
+
+    manifest.json   format, checkpoint, dimension, dtype, splitting
+    records.sqlite  documents, their content hashes, passages (one per vector row), blocks (a checksum per append)
+    vectors-N.bin   row-major float32 or float16; row r starts at r * dimension * itemsize
+    graph-*, bm25-* derived; deleted at any time, rebuilt when needed
+
+Crash safety: a batch's vectors are appended and synced first, then its records are committed in one transaction. Bytes
+beyond the last committed row belong to a batch that was in flight and are overwritten. So a store killed at any instant
+opens again and has lost at most that batch. One process may write; any number may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from search_r3.errors import StoreError
+from search_r3.files import new_folder, write_text
+from search_r3.passages import Splitting
+from search_r3.records import Document
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE documents (id TEXT PRIMARY KEY, hash BLOB NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
+                        metadata TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE passages (row INTEGER PRIMARY KEY, document TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL);
+CREATE INDEX passages_by_document ON passages (document);
+CREATE TABLE blocks (first INTEGER PRIMARY KEY, rows INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE state (file TEXT NOT NULL, rows INTEGER NOT NULL, generation INTEGER NOT NULL);
+"""
+
+
+class StoreManifest(BaseModel):
+    """What an index was made with; fixed at creation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    """Version of the folder's layout."""
+    checkpoint: str
+    """Source of the model, for people and for reopening."""
+    fingerprint: str
+    """The model's embedding space (`Manifest.fingerprint`)."""
+    dimension: int
+    """Width of a vector."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Stored precision; scores are float32 either way."""
+    passage_tokens: int
+    """See `Splitting`."""
+    passage_overlap: int
+    """See `Splitting`."""
+    max_tokens: int
+    """Tokens beyond this in a passage (title included) were cut."""
+
+    @property
+    def splitting(self) -> Splitting:
+        """How documents were split."""
+        return Splitting(self.passage_tokens, self.passage_overlap)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A row of an index: a character range of a document."""
+
+    document: Document
+    """The whole document."""
+    start: int
+    """First character of the body."""
+    end: int
+    """One past the last."""
+
+    @property
+    def text(self) -> str:
+        """The passage without the title."""
+        return self.document.text[self.start : self.end]
+
+    @property
+    def content(self) -> str:
+        """What is embedded: the title and the passage."""
+        return Document(self.document.id, self.text, self.document.title).content
+
+
+def content_hash(document: Document) -> bytes:
+    """Hash of what the vectors depend on. A document whose hash is stored is not encoded again."""
+    return hashlib.sha256(json.dumps([document.title, document.text]).encode()).digest()
+
+
+class Store:
+    """An open index folder. Use `create` or `open`; close it, or use it as a context manager.
+
+    vectors: (rows, D) memory map, read only; alive: (rows,) bool, false for replaced and deleted rows.
+    """
+
+    def __init__(self, folder: Path, manifest: StoreManifest, verify: bool):
+        self.folder, self.manifest = folder, manifest
+        self._dtype = np.dtype(manifest.dtype)
+        self._stride = manifest.dimension * self._dtype.itemsize
+        self._lock: IO[str] | None = None
+        with self._errors():
+            self._db = sqlite3.connect(folder / "records.sqlite", isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA busy_timeout = 10000")
+            self.refresh(verify)
+
+    @classmethod
+    def create(cls, folder: Path, manifest: StoreManifest) -> Store:
+        """Make an empty store. Raises StoreError if the folder holds something already or cannot be written."""
+        try:
+            with new_folder(folder) as temporary:
+                write_text(temporary / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+                (temporary / "vectors-0.bin").touch()
+                db = sqlite3.connect(temporary / "records.sqlite")
+                db.executescript(
+                    f"PRAGMA journal_mode = WAL; {_SCHEMA} INSERT INTO state VALUES ('vectors-0.bin', 0, 0);"
+                )
+                db.close()
+        except FileExistsError as error:
+            raise StoreError(f"{folder}: exists and is not an index; choose another folder or remove it") from error
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"{folder}: cannot be created ({error})") from error
+        return cls(folder, manifest, verify=False)
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> Store:
+        """Open a store. verify: check every block's checksum, so that a damaged file is found before it misleads.
+
+        Raises StoreError for a folder that is no index, is damaged, or was written by a newer version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise StoreError(f"{folder}: no index here (no {MANIFEST}); make one with: search-r3 index CORPUS {folder}")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
+                raise StoreError(f"{path}: format {raw['format']} is newer than this search-r3 reads; upgrade it")
+            manifest = StoreManifest.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise StoreError(
+                f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}; index again"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: not a readable manifest ({error}); index again") from error
+        if not (folder / "records.sqlite").is_file():
+            raise StoreError(f"{folder}/records.sqlite: missing; index again into a new folder")
+        return cls(folder, manifest, verify)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release files and the write lock."""
+        self._db.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def refresh(self, verify: bool = False) -> None:
+        """See what has been committed since the last look, by this process or another."""
+        with self._errors():
+            file, self.rows, self.generation = self._db.execute("SELECT file, rows, generation FROM state").fetchone()
+            self._path = self.folder / file
+            size = self._path.stat().st_size if self._path.exists() else -1
+            if size < self.rows * self._stride:
+                raise StoreError(
+                    f"{self._path}: holds {max(size, 0)} bytes, but {self.rows} rows need {self.rows * self._stride}; "
+                    "the file was truncated: restore it, or index again into a new folder"
+                )
+            self._map()
+            if verify:
+                self._verify()
+            self.alive = np.zeros(self.rows, dtype=bool)
+            alive = self._db.execute("SELECT row FROM passages WHERE row < ?", (self.rows,))
+            self.alive[np.fromiter((row for (row,) in alive), dtype=np.int64)] = True
+
+    def _map(self) -> None:
+        shape = (self.rows, self.manifest.dimension)
+        self.vectors: np.ndarray = (
+            np.memmap(self._path, self._dtype, "r", shape=shape) if self.rows else np.empty(shape, self._dtype)
+        )
+
+    def _verify(self) -> None:
+        for first, rows, crc in self._db.execute("SELECT first, rows, crc FROM blocks WHERE first < ?", (self.rows,)):
+            if zlib.crc32(np.ascontiguousarray(self.vectors[first : first + rows]).data) != crc:
+                raise StoreError(
+                    f"{self._path}: rows {first} to {first + rows - 1} do not match their checksum; the file is "
+                    "damaged: restore it, or index again into a new folder"
+                )
+
+    def moved(self) -> bool:
+        """Whether another process has committed since the last look: rows may mean something else now."""
+        with self._errors():
+            return bool(self._db.execute("SELECT generation FROM state").fetchone()[0] != self.generation)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        with self._errors():
+            return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
+
+    @property
+    def passages(self) -> int:
+        """Number of passages that can be found."""
+        return int(self.alive.sum())
+
+    def hashes(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Content hashes of those of `ids` that are stored."""
+        found: dict[str, bytes] = {}
+        with self._errors():
+            for start in range(0, len(ids), 500):
+                part = ids[start : start + 500]
+                marks = ",".join("?" * len(part))
+                found.update(self._db.execute(f"SELECT id, hash FROM documents WHERE id IN ({marks})", part).fetchall())
+        return found
+
+    def ids(self) -> Iterator[str]:
+        """Ids of all documents, in order of id."""
+        with self._errors():
+            for (name,) in self._db.execute("SELECT id FROM documents ORDER BY id"):
+                yield name
+
+    def get(self, rows: Sequence[int]) -> list[Passage]:
+        """The passages of these rows, in the order asked."""
+        found: dict[int, Passage] = {}
+        query = (
+            "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document WHERE row"
+        )
+        with self._errors():
+            for start in range(0, len(rows), 500):
+                part = [int(row) for row in rows[start : start + 500]]
+                for record in self._db.execute(f"{query} IN ({','.join('?' * len(part))})", part):
+                    found[record[0]] = _passage(record)
+        return [found[row] for row in rows if row in found]
+
+    def scan(self) -> Iterator[tuple[int, Passage]]:
+        """All passages with their rows, in order of row, streamed."""
+        query = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
+        with self._errors():
+            for record in self._db.execute(f"{query} ORDER BY row"):
+                yield record[0], _passage(record)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder's write lock. Raises StoreError if another process writes."""
+        if self._lock is not None:
+            yield
+            return
+        with self._errors():
+            lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise StoreError(f"{self.folder}: another process is writing to this index; wait until it ends") from error
+        self._lock = lock
+        try:
+            self.refresh()
+            yield
+        finally:
+            self._lock = None
+            lock.close()
+
+    def put(self, documents: Sequence[Document], ranges: Sequence[tuple[int, int, int]], vectors: np.ndarray) -> None:
+        """Add or replace documents in one step.
+
+        ranges: one (number of the document in `documents`, start, end) per row of `vectors`, which is (rows, D).
+        All is stored or nothing. Raises StoreError when the disk is full or the vectors are unusable.
+        """
+        if vectors.shape != (len(ranges), self.manifest.dimension):
+            raise StoreError(f"vectors of shape {vectors.shape} do not fit {len(ranges)} x {self.manifest.dimension}")
+        if not np.isfinite(vectors).all():
+            bad = documents[ranges[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])][0]].id
+            raise StoreError(f"the vector of document {bad!r} is not finite; try dtype float32, and check the model")
+        with self.writing(), self._errors():
+            block = np.ascontiguousarray(vectors, dtype=self._dtype)
+            self._append(block)
+            first = self.rows
+            with self._transaction():
+                dead = self._forget([document.id for document in documents])
+                self._db.executemany(
+                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
+                    [
+                        (
+                            d.id,
+                            content_hash(d),
+                            d.title,
+                            d.text,
+                            json.dumps(dict(d.metadata), ensure_ascii=False, default=str),
+                        )
+                        for d in documents
+                    ],
+                )
+                self._db.executemany(
+                    "INSERT INTO passages VALUES (?, ?, ?, ?)",
+                    [(first + n, documents[number].id, start, end) for n, (number, start, end) in enumerate(ranges)],
+                )
+                if len(block):
+                    self._db.execute("INSERT INTO blocks VALUES (?, ?, ?)", (first, len(block), zlib.crc32(block.data)))
+                self._db.execute("UPDATE state SET rows = ?, generation = generation + 1", (first + len(block),))
+            self.rows, self.generation = first + len(block), self.generation + 1
+            self.alive = np.append(self.alive, np.ones(len(block), dtype=bool))
+            self.alive[dead] = False
+            self._map()
+
+    def touch(self, documents: Sequence[Document]) -> None:
+        """Store the metadata of documents whose content is stored already."""
+        values = [(json.dumps(dict(d.metadata), ensure_ascii=False, default=str), d.id) for d in documents]
+        with self.writing(), self._errors(), self._transaction():
+            self._db.executemany("UPDATE documents SET metadata = ?1 WHERE id = ?2 AND metadata <> ?1", values)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove documents in one step; ids that are not stored are ignored. Returns how many were removed."""
+        with self.writing(), self._errors():
+            before = len(self)
+            with self._transaction():
+                dead = self._forget(ids)
+                self._db.execute("UPDATE state SET generation = generation + 1")
+            self.generation += 1
+            self.alive[dead] = False
+            return before - len(self)
+
+    def compact(self) -> None:
+        """Rewrite the vectors without dead rows."""
+        with self.writing(), self._errors():
+            rows = np.flatnonzero(self.alive)
+            new = self.folder / f"vectors-{self.generation + 1}.bin"
+            blocks = []
+            with new.open("wb") as file:
+                for start in range(0, len(rows), 4096):
+                    block = np.ascontiguousarray(self.vectors[rows[start : start + 4096]])
+                    file.write(block.data)
+                    blocks.append((start, len(block), zlib.crc32(block.data)))
+                file.flush()
+                os.fsync(file.fileno())
+            old = self._path
+            with self._transaction():
+                # Rows only move down, in rising order, so no update meets a row that is still in use.
+                self._db.executemany(
+                    "UPDATE passages SET row = ? WHERE row = ?", ((n, int(row)) for n, row in enumerate(rows))
+                )
+                self._db.execute("DELETE FROM blocks")
+                self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
+                self._db.execute(
+                    "UPDATE state SET file = ?, rows = ?, generation = generation + 1", (new.name, len(rows))
+                )
+            self.refresh()
+            old.unlink(missing_ok=True)
+
+    def derived(self, kind: str) -> Path:
+        """Where something computed from the present content is kept, e.g. `graph-12`; older ones are removed."""
+        path = self.folder / f"{kind}-{self.generation}"
+        if not path.exists():
+            for old in self.folder.glob(f"{kind}-*"):
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        return path
+
+    def _append(self, block: np.ndarray) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self.rows * self._stride)
+            file.write(block.data)
+            file.truncate()  # what an interrupted batch left behind
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _forget(self, ids: Sequence[str]) -> list[int]:
+        """Drop documents and their passages; returns the rows that are dead now."""
+        dead: list[int] = []
+        for name in ids:
+            gone = self._db.execute("DELETE FROM passages WHERE document = ? RETURNING row", (name,)).fetchall()
+            dead += [row for (row,) in gone]
+            self._db.execute("DELETE FROM documents WHERE id = ?", (name,))
+        return dead
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what disks and SQLite raise into one line that says what to do."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            text = str(error)
+            advice = (
+                "free some space and run again" if "full" in text else "restore it, or index again into a new folder"
+            )
+            raise StoreError(
+                f"{self.folder}/records.sqlite: {text}; what was stored before is kept; {advice}"
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "
+                "mend this and run again"
+            ) from error
+
+
+def _passage(record: tuple[Any, ...]) -> Passage:
+    _, name, text, title, metadata, start, stop = record
+    return Passage(Document(name, text, title, json.loads(metadata)), start, stop)

@@ -1,0 +1,207 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from search_r3.errors import StoreError
+from search_r3.index.store import Store, StoreManifest
+from search_r3.records import Document
+
+WIDTH = 8
+
+
+def manifest(**changes):
+    facts = {
+        "checkpoint": "model-a", "fingerprint": "f" * 64, "dimension": WIDTH,
+        "passage_tokens": 0, "passage_overlap": 0, "max_tokens": 64,
+    }  # fmt: skip
+    return StoreManifest(**(facts | changes))
+
+
+def put(store, *names, text="text", value=1.0):
+    documents = [Document(name, f"{text} {name}", metadata={"n": name}) for name in names]
+    ranges = [(n, 0, len(d.text)) for n, d in enumerate(documents)]
+    store.put(documents, ranges, np.full((len(names), WIDTH), value, np.float32))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.create(tmp_path / "index", manifest()) as store:
+        yield store
+
+
+def test_documents_come_back_after_reopening(store):
+    put(store, "a", "b")
+    store.close()
+    with Store.open(store.folder) as again:
+        assert len(again) == again.passages == 2
+        passage = again.get([1])[0]
+        assert (passage.document.id, passage.text, passage.document.metadata) == ("b", "text b", {"n": "b"})
+        assert again.vectors.tolist() == [[1.0] * WIDTH] * 2
+
+
+def test_update_replaces_and_delete_removes(store):
+    put(store, "a", "b")
+    put(store, "a", text="new", value=2.0)
+    assert store.alive.tolist() == [False, True, True]
+    assert store.get([2])[0].text == "new a"
+    assert store.get([0]) == []
+    assert store.delete(["b", "unknown"]) == 1
+    assert (len(store), store.passages, list(store.ids())) == (1, 1, ["a"])
+
+
+def test_compact_drops_dead_rows_and_keeps_the_rest(store):
+    for value in range(5):
+        put(store, f"d{value}", "same", value=float(value))
+    store.compact()
+    assert store.rows == store.passages == 6
+    found = {p.document.id: store.vectors[row, 0] for row, p in store.scan()}
+    assert found == {"d0": 0, "d1": 1, "d2": 2, "d3": 3, "d4": 4, "same": 4}
+    with Store.open(store.folder) as again:  # checksums were rewritten too
+        assert again.rows == 6
+    assert len(list(store.folder.glob("vectors-*.bin"))) == 1
+
+
+def test_float16_halves_the_file(tmp_path):
+    with Store.create(tmp_path / "half", manifest(dtype="float16")) as store:
+        put(store, "a", "b")
+        assert (store.folder / "vectors-0.bin").stat().st_size == 2 * WIDTH * 2
+
+
+def test_bytes_of_an_unfinished_batch_are_ignored_and_overwritten(store):
+    put(store, "a")
+    with (store.folder / "vectors-0.bin").open("ab") as file:
+        file.write(b"x" * 50)
+    with Store.open(store.folder) as again:
+        assert again.rows == 1
+        put(again, "b", value=3.0)
+        assert again.vectors[1].tolist() == [3.0] * WIDTH
+    with Store.open(store.folder) as again:
+        assert again.rows == 2
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncate":
+        content = content[:-4]
+    else:
+        content[5] ^= 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("truncate", "the file was truncated"), ("flip", "rows 0 to 1 do not match their checksum")]
+)
+def test_damaged_vectors_are_found_on_opening(store, how, message):
+    put(store, "a", "b")
+    store.close()
+    damage(store.folder / "vectors-0.bin", how)
+    with pytest.raises(StoreError, match=message):
+        Store.open(store.folder)
+
+
+def test_damaged_records_and_manifest_are_named(store):
+    put(store, "a")
+    store.close()
+    (store.folder / "records.sqlite").write_bytes(b"not a database at all" * 100)
+    for extra in store.folder.glob("records.sqlite-*"):
+        extra.unlink()
+    with pytest.raises(StoreError, match=r"records\.sqlite: file is not a database"):
+        Store.open(store.folder)
+    (store.folder / "manifest.json").write_text(json.dumps({"format": 1, "checkpoint": "x"}))
+    with pytest.raises(StoreError, match=r"manifest\.json: field fingerprint"):
+        Store.open(store.folder)
+    (store.folder / "manifest.json").write_text('{"format": 7}')
+    with pytest.raises(StoreError, match="format 7 is newer"):
+        Store.open(store.folder)
+
+
+def test_not_an_index_and_not_empty(tmp_path):
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no index here"):
+        Store.open(tmp_path)
+    with pytest.raises(StoreError, match="exists and is not an index"):
+        Store.create(tmp_path, manifest())
+    assert (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_unusable_vectors_change_nothing(store):
+    put(store, "a")
+    with pytest.raises(StoreError, match="vector of document 'b' is not finite"):
+        put(store, "b", value=float("nan"))
+    with pytest.raises(StoreError, match="do not fit"):
+        store.put([Document("c", "x")], [(0, 0, 1)], np.ones((1, 3), np.float32))
+    assert list(store.ids()) == ["a"]
+
+
+def test_a_full_disk_keeps_what_was_stored(store, monkeypatch):
+    put(store, "a")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device; what was stored before is kept"):
+        put(store, "b")
+    monkeypatch.undo()
+    with Store.open(store.folder) as again:
+        assert list(again.ids()) == ["a"]
+
+
+def test_one_writer_at_a_time_and_readers_see_commits(store):
+    with Store.open(store.folder) as reader, Store.open(store.folder) as rival:
+        with store.writing():
+            put(store, "a")
+            with pytest.raises(StoreError, match="another process is writing"):
+                put(rival, "b")
+        assert reader.moved()
+        reader.refresh()
+        assert not reader.moved()
+        assert reader.get([0])[0].document.id == "a"
+        put(rival, "b")  # the lock is free again, and the rival has seen "a"
+        assert list(rival.ids()) == ["a", "b"]
+
+
+WRITER = textwrap.dedent("""
+    import sys
+    import numpy as np
+    from pathlib import Path
+    from search_r3.index.store import Store
+    from search_r3.records import Document
+    store = Store.open(Path(sys.argv[1]))
+    first = len(store)
+    while True:
+        names = [f"{first + n:06}" for n in range(20)]
+        documents = [Document(name, "text " + name) for name in names]
+        vectors = np.repeat(np.arange(first, first + 20, dtype=np.float32)[:, None], 8, axis=1)
+        store.put(documents, [(n, 0, 11) for n in range(20)], vectors)
+        first += 20
+        print(first, flush=True)
+""")
+
+
+def test_killed_at_any_instant_it_opens_and_holds_every_acknowledged_batch(store):
+    rng = random.Random(0)
+    acknowledged = 0
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(store.folder)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # it is writing now
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        lines = process.stdout.read().split()
+        process.stdout.close()
+        process.wait()
+        acknowledged = int(lines[-1]) if lines else acknowledged
+        with Store.open(store.folder) as again:  # checksums are verified here
+            assert acknowledged <= len(again) <= acknowledged + 40
+            assert len(again) == again.passages == again.rows
+            acknowledged = len(again)
+            for row, passage in again.scan():
+                assert again.vectors[row, 0] == int(passage.document.id)
