@@ -1,0 +1,349 @@
+"""Model + index: add documents, search them, keep them on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from search_r3.errors import DataError, StoreError
+from search_r3.files import new_folder
+from search_r3.index.base import Index
+from search_r3.index.exact import ExactIndex
+from search_r3.index.graph import GraphIndex
+from search_r3.index.lexical import LexicalIndex, reciprocal_rank_fusion
+from search_r3.index.store import Passage, Store, StoreManifest, content_hash
+from search_r3.model.reasoning import TextCallback
+from search_r3.model.search_r3 import SearchR3
+from search_r3.passages import Splitting, split
+from search_r3.progress import Meter
+from search_r3.records import Document, Hit, Reasoned
+
+IndexKind = Literal["exact", "graph"]
+FUSION_DEPTH = 100  # documents of each ranking that take part in reciprocal rank fusion
+
+
+@dataclass(slots=True)
+class Added:
+    """What `Retriever.add` did, in documents."""
+
+    added: int = 0
+    """New ids."""
+    updated: int = 0
+    """Known ids with other content."""
+    unchanged: int = 0
+    """Known ids with the same content: not encoded again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """The answer to one query."""
+
+    query: str
+    """As asked."""
+    hits: list[Hit]
+    """Best first."""
+    reasoned: Reasoned | None
+    """What the model thought; None for direct search."""
+
+
+class Retriever:
+    """Search over a folder of vectors and documents with the model that made them.
+
+    >>> retriever = Retriever.open_or_create("my-index", SearchR3.from_pretrained())  # doctest: +SKIP
+    >>> retriever.add([Document("1", "tar packs files into one archive")])  # doctest: +SKIP
+    Added(added=1, updated=0, unchanged=0)
+    >>> retriever.search("many files into one", k=3, reason=True).hits[0].id  # doctest: +SKIP
+    '1'
+    """
+
+    def __init__(self, model: SearchR3, store: Store, kind: IndexKind = "exact"):
+        if store.manifest.fingerprint != model.fingerprint or store.manifest.dimension != model.dimension:
+            raise StoreError(
+                f"{store.folder}: written by checkpoint {store.manifest.checkpoint} "
+                f"({store.manifest.fingerprint[:12]}, {store.manifest.dimension} dimensions), but the model is "
+                f"{model.source} ({model.fingerprint[:12]}, {model.dimension}); search with that checkpoint, or index "
+                "again into a new folder"
+            )
+        self.model, self.store, self.kind = model, store, kind
+        self._index: tuple[int, Index] | None = None
+        self._lexical: tuple[int, LexicalIndex] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        model: SearchR3,
+        *,
+        splitting: Splitting | None = None,
+        max_tokens: int | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        kind: IndexKind = "exact",
+    ) -> Retriever:
+        """A new, empty index. max_tokens: cut passages at this length; default: the checkpoint's."""
+        splitting = splitting or Splitting()
+        manifest = StoreManifest(
+            checkpoint=model.source,
+            fingerprint=model.fingerprint,
+            dimension=model.dimension,
+            dtype=dtype,
+            passage_tokens=splitting.tokens,
+            passage_overlap=splitting.overlap,
+            max_tokens=max_tokens or model.manifest.max_tokens.document,
+        )
+        return cls(model, Store.create(Path(folder), manifest), kind)
+
+    @classmethod
+    def open(cls, folder: str | Path, model: SearchR3 | None = None, kind: IndexKind = "exact") -> Retriever:
+        """An existing index. model: default, the checkpoint that the index names.
+
+        Raises StoreError if there is none, it is damaged, or another checkpoint wrote it.
+        """
+        store = Store.open(Path(folder))
+        try:
+            stored = store.manifest
+            return cls(model or SearchR3.from_pretrained(stored.checkpoint, dims=stored.dimension), store, kind)
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def open_or_create(
+        cls,
+        folder: str | Path,
+        model: SearchR3,
+        *,
+        splitting: Splitting | None = None,
+        max_tokens: int | None = None,
+        dtype: Literal["float32", "float16"] | None = None,
+        kind: IndexKind = "exact",
+    ) -> Retriever:
+        """`open` if the folder holds an index, else `create`. Settings given must equal those of an existing index."""
+        if not Path(folder).exists() or (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+            return cls.create(
+                folder, model, splitting=splitting, max_tokens=max_tokens, dtype=dtype or "float32", kind=kind
+            )
+        retriever = cls.open(folder, model, kind)
+        stored = retriever.store.manifest
+        given = {"passage length": splitting, "max tokens": max_tokens, "dtype": dtype}
+        kept = {"passage length": stored.splitting, "max tokens": stored.max_tokens, "dtype": stored.dtype}
+        for name, value in given.items():
+            if value is not None and value != kept[name]:
+                retriever.close()
+                raise StoreError(f"{folder}: was made with {name} {kept[name]}, not {value}; index into a new folder")
+        return retriever
+
+    def __enter__(self) -> Retriever:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the index folder."""
+        self.store.close()
+
+    def add(self, documents: Iterable[Document], *, batch: int = 256, progress: bool | None = False) -> Added:
+        """Encode and store documents; known ids are replaced, unchanged documents are skipped.
+
+        Reads and commits `batch` documents at a time: memory does not grow with the text, and whatever ends this call
+        (an error in the data, Ctrl-C, a kill) keeps all batches before it. Raises DataError for an empty document.
+        """
+        report = Added()
+        stream = iter(documents)
+        with self.store.writing(), Meter("index", None, "documents", progress) as meter:
+            while True:
+                chunk, failure = _take(stream, batch)
+                latest = list({document.id: document for document in chunk}.values())
+                known = self.store.hashes([document.id for document in latest])
+                new = [document for document in latest if known.get(document.id) != content_hash(document)]
+                fresh = {document.id for document in new}
+                self.store.touch([document for document in latest if document.id not in fresh])
+                tokens = self._encode(new)
+                report.updated += sum(document.id in known for document in new)
+                report.added += sum(document.id not in known for document in new)
+                report.unchanged += len(latest) - len(new)
+                meter.advance(len(chunk), tokens)
+                if failure is not None:
+                    raise failure
+                if not chunk:
+                    break
+            if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
+                self.store.compact()
+        return report
+
+    def _encode(self, documents: Sequence[Document]) -> int:
+        """Split, embed and store; returns the number of tokens encoded."""
+        if not documents:
+            return 0
+        ranges: list[tuple[int, int, int]] = []
+        texts: list[str] = []
+        for number, document in enumerate(documents):
+            if not document.content.strip():
+                raise DataError(f"document {document.id!r} is empty; remove it or fill it")
+            for start, end in split(document, self.model.engine.tokenizer, self.store.manifest.splitting):
+                ranges.append((number, start, end))
+                texts.append(Passage(document, start, end).content)
+        tails = self.model.engine.tails(texts, "embed", self.store.manifest.max_tokens)
+        self.store.put(documents, ranges, self.model.engine.encode(tails, "embed"))
+        return sum(map(len, tails))
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove documents; unknown ids are ignored. Returns how many were removed."""
+        return self.store.delete(ids)
+
+    def index(self) -> Index:
+        """The search structure over the store's present content; a graph is built when it is first needed."""
+        if self._index is None or self._index[0] != self.store.generation:
+            store = self.store
+            index: Index
+            index = ExactIndex(store.vectors, store.alive) if self.kind == "exact" else self._graph()
+            self._index = (store.generation, index)
+        return self._index[1]
+
+    def _graph(self) -> GraphIndex:
+        store = self.store
+        path = store.derived("graph")
+        if path.exists():
+            return GraphIndex.load(path, store.manifest.dimension, store.alive)
+        graph = GraphIndex.build(store.vectors, store.alive)
+        temporary = path.with_name(f".{path.name}")
+        graph.save(temporary)
+        temporary.replace(path)
+        return graph
+
+    def lexical(self) -> LexicalIndex:
+        """BM25 over the same passages; built when it is first needed."""
+        if self._lexical is None or self._lexical[0] != self.store.generation:
+            path = self.store.derived("bm25")
+            if path.exists():
+                lexical = LexicalIndex.load(path)
+            else:
+                texts = {row: passage.content for row, passage in self.store.scan()}
+                lexical = LexicalIndex.build(list(texts.values()), list(texts))
+                with new_folder(path) as temporary:
+                    lexical.save(temporary)
+            self._lexical = (self.store.generation, lexical)
+        return self._lexical[1]
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        reason: bool = False,
+        fuse: float | None = None,
+        hybrid: bool = False,
+        max_new_tokens: int | None = None,
+        on_text: TextCallback | None = None,
+    ) -> Found:
+        """Search for one query; see `search_many`. on_text(0, piece) is called as reasoning appears."""
+        return self.search_many(
+            [query], k, reason=reason, fuse=fuse, hybrid=hybrid, max_new_tokens=max_new_tokens, on_text=on_text
+        )[0]
+
+    def search_many(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        reason: bool = False,
+        fuse: float | None = None,
+        hybrid: bool = False,
+        max_new_tokens: int | None = None,
+        on_text: TextCallback | None = None,
+    ) -> list[Found]:
+        """The k best documents of each query.
+
+        reason: think before embedding. fuse: weight in [0, 1] of the reasoned vector in a sum with the direct one
+        (implies `reason`). hybrid: fuse with BM25 by reciprocal rank. Raises DataError for an empty query.
+        """
+        if k < 1:
+            raise DataError(f"k={k}: must be at least 1")
+        if fuse is not None and not 0 <= fuse <= 1:
+            raise DataError(f"fuse={fuse}: must be between 0 and 1")
+        reasoned: list[Reasoned] | None = None
+        if reason or fuse is not None:
+            reasoned = self.model.reason(queries, max_new_tokens=max_new_tokens, on_text=on_text)
+            vectors = np.stack([r.vector for r in reasoned])
+            if fuse is not None:
+                vectors = fuse_vectors(self.model.encode_queries(queries), vectors, fuse)
+        else:
+            vectors = self.model.encode_queries(queries)
+        hits = self.search_vectors(vectors, k, queries if hybrid else None)
+        thoughts: Sequence[Reasoned | None] = reasoned or [None] * len(queries)
+        return [Found(q, h, r) for q, h, r in zip(queries, hits, thoughts, strict=True)]
+
+    def search_vectors(self, vectors: np.ndarray, k: int, texts: Sequence[str] | None = None) -> list[list[Hit]]:
+        """The k best documents of each query vector, (Q, D). texts: the queries' words, for hybrid search."""
+        while True:
+            if self.store.moved():
+                self.store.refresh()
+            depth = max(k, FUSION_DEPTH) if texts is not None else k
+            scores, rows = self._rank(vectors, depth)
+            if texts is not None:
+                lexical_scores, lexical_rows = self.lexical().search(texts, 2 * depth)
+            hits = []
+            for query in range(len(vectors)):
+                ranking = self._documents(rows[query], scores[query])
+                fused = None
+                if texts is not None:
+                    other = self._documents(lexical_rows[query], lexical_scores[query])
+                    fused = reciprocal_rank_fusion([list(ranking)[:depth], list(other)[:depth]])
+                    ranking = {
+                        name: ranking.get(name) or other[name] for name in sorted(fused, key=lambda n: -fused[n])
+                    }
+                hits.append(
+                    [
+                        _hit(rank, fused[name] if fused else score, passage)
+                        for rank, (name, (score, passage)) in enumerate(islice(ranking.items(), k), 1)
+                    ]
+                )
+            if not self.store.moved():  # otherwise another process changed the rows while we read them
+                return hits
+
+    def _rank(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Enough rows for k documents each: passages of one document must not crowd out the others."""
+        index, documents = self.index(), min(k, len(self.store))
+        depth = k if self.store.passages == len(self.store) else 4 * k
+        while True:
+            scores, rows = index.search(vectors, depth)
+            if depth >= len(index) or depth >= self.store.passages or self.store.passages == len(self.store):
+                return scores, rows
+            if all(len(self._documents(r, s)) >= documents for r, s in zip(rows, scores, strict=True)):
+                return scores, rows
+            depth *= 4
+
+    def _documents(self, rows: np.ndarray, scores: np.ndarray) -> dict[str, tuple[float, Passage]]:
+        """Documents by id, best first, each with its best passage."""
+        best: dict[str, tuple[float, Passage]] = {}
+        kept = rows >= 0
+        for score, passage in zip(scores[kept].tolist(), self.store.get(rows[kept].tolist()), strict=True):
+            best.setdefault(passage.document.id, (score, passage))
+        return best
+
+
+def fuse_vectors(direct: np.ndarray, reasoned: np.ndarray, weight: float) -> np.ndarray:
+    """Unit sums (1 - weight) * direct + weight * reasoned of (Q, D) unit vectors."""
+    mixed = (1 - weight) * direct + weight * reasoned
+    return np.asarray(mixed / np.linalg.norm(mixed, axis=1, keepdims=True), dtype=np.float32)
+
+
+def _take(stream: Iterable[Document], number: int) -> tuple[list[Document], DataError | None]:
+    """Up to `number` documents, and the error that cut them short: what was read before a bad record is still used."""
+    chunk: list[Document] = []
+    try:
+        for document in islice(stream, number):
+            chunk.append(document)
+    except DataError as error:
+        return chunk, error
+    return chunk, None
+
+
+def _hit(rank: int, score: float, passage: Passage) -> Hit:
+    document = passage.document
+    return Hit(rank, document.id, score, document.title, passage.text, passage.start, passage.end, document.metadata)

@@ -1,0 +1,39 @@
+"""The part of a passage that is worth showing for a query."""
+
+from __future__ import annotations
+
+import re
+
+_WORD = re.compile(r"\w+")
+
+
+def snippet(text: str, query: str, width: int = 240) -> tuple[str, list[tuple[int, int]]]:
+    """A window of about `width` characters that holds most of the query's words, and their ranges within it.
+
+    Words match by their beginning (at least four letters, or whole), so that `files` finds `file`.
+    """
+    wanted = {word for word in _words(query) if len(word) > 2}
+    matches = [m for m in _WORD.finditer(text) if any(_alike(m.group().lower(), word) for word in wanted)]
+    start = 0
+    if matches and matches[-1].end() > width:
+        best = max(
+            matches, key=lambda m: len({x.group().lower() for x in matches if 0 <= x.start() - m.start() < width})
+        )
+        start = max(0, best.start() - width // 4)
+        if start:
+            start = text.rfind(" ", 0, start) + 1
+    end = min(len(text), start + width)
+    if end < len(text):
+        end = max(text.rfind(" ", start, end), start + 1)
+    shown = text[start:end]
+    ranges = [(m.start() - start, m.end() - start) for m in matches if start <= m.start() and m.end() <= end]
+    return shown, ranges
+
+
+def _words(text: str) -> list[str]:
+    return [match.group().lower() for match in _WORD.finditer(text)]
+
+
+def _alike(word: str, wanted: str) -> bool:
+    short, long = sorted((word, wanted), key=len)
+    return word == wanted or (len(short) >= 4 and long.startswith(short))
