@@ -1,0 +1,1 @@
+"""Retrieval quality, measured with a standard tool, beside baselines and controls."""

@@ -1,0 +1,62 @@
+"""A test collection: documents, queries and judgements in a BEIR folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from search_r3.corpus import read_documents, read_judgements, read_queries
+from search_r3.errors import DataError, EmptyTextError
+from search_r3.records import Document, Query
+
+DEMO = Path(__file__).parent.parent / "data" / "tldr"
+"""The bundled collection: a sample of tldr-pages (CC BY 4.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """One data set, ready to be searched and scored."""
+
+    name: str
+    """The folder's name."""
+    documents: list[Document]
+    """All documents."""
+    queries: list[Query]
+    """The judged queries of the split."""
+    judgements: dict[str, dict[str, int]]
+    """Relevance by query id and document id."""
+    skipped: list[str]
+    """What was wrong with each document left out. Published collections hold empty documents; nothing can find them."""
+
+
+def load_collection(folder: str | Path, split: str = "test", limit: int | None = None) -> Collection:
+    """Read `corpus.jsonl`, `queries.jsonl` and `qrels/<split>.tsv`.
+
+    limit: keep the first queries only. Empty documents are left out and named in `skipped`. Raises DataError when a
+    file is missing or broken, when a judged query does not exist, or when no judged document does.
+    """
+    root = Path(folder).expanduser()
+    needed = [root / "corpus.jsonl", root / "queries.jsonl", root / "qrels" / f"{split}.tsv"]
+    for path in needed:
+        if not path.is_file():
+            others = sorted(p.stem for p in path.parent.glob("*.tsv")) if path.suffix == ".tsv" else []
+            hint = f" (splits here: {', '.join(others)})" if others else ""
+            raise DataError(f"{path}: missing{hint}; a data set is a BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
+    judgements = read_judgements(needed[2])
+    queries = read_queries(needed[1])
+    for query in judgements:
+        if query not in queries:
+            raise DataError(f"{needed[2]}: judges query {query!r}, which is not in {needed[1]}")
+    kept = [query for query in queries.values() if query.id in judgements][:limit]
+    skipped: list[str] = []
+
+    def skip(error: DataError) -> None:
+        if not isinstance(error, EmptyTextError):
+            raise error
+        skipped.append(str(error))
+
+    documents = list(read_documents(root, on_bad=skip))
+    known = {document.id for document in documents}
+    if not any(known & judgements[query.id].keys() for query in kept):
+        raise DataError(f"{needed[2]}: no judged document is in {needed[0]}; do the files belong together?")
+    return Collection(root.resolve().name, documents, kept, {q.id: judgements[q.id] for q in kept}, skipped)

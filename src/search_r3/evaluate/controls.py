@@ -1,0 +1,46 @@
+"""Texts of equal length that explain a gain away: if one of them does as well as reasoning, length did it.
+
+Every control gives each query exactly as many tokens as its own reasoning had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+ControlName = Literal["control-repeat", "control-fixed", "control-other"]
+CONTROLS: tuple[ControlName, ...] = ("control-repeat", "control-fixed", "control-other")
+
+FIXED_TEXT = (
+    "This is a question that someone has asked. To answer it well, one should think about what is meant, look at the "
+    "words that are used, and find texts that speak about the same thing in the same or in other words. "
+)
+
+
+def control_thoughts(
+    name: ControlName, queries: Sequence[Sequence[int]], thoughts: Sequence[Sequence[int]], fixed: Sequence[int]
+) -> list[list[int]]:
+    """Tokens that stand in for each query's reasoning.
+
+    queries, thoughts: tokens of each query and of its own reasoning; fixed: tokens of `FIXED_TEXT`.
+    control-repeat repeats the query; control-fixed repeats a generic text; control-other takes the reasoning of the
+    next query that has one, repeated or cut to length.
+    """
+    result = []
+    for number, thought in enumerate(thoughts):
+        if name == "control-repeat":
+            source = queries[number]
+        elif name == "control-fixed":
+            source = fixed
+        else:
+            others = (thoughts[(number + step) % len(thoughts)] for step in range(1, len(thoughts)))
+            source = next((other for other in others if other), fixed)
+        result.append(_to_length(source, len(thought)))
+    return result
+
+
+def _to_length(tokens: Sequence[int], length: int) -> list[int]:
+    if not length:
+        return []
+    times = -(-length // len(tokens))
+    return (list(tokens) * times)[:length]

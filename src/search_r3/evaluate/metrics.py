@@ -1,0 +1,56 @@
+"""Scores per query by ir-measures, and the paired randomisation test.
+
+nDCG@10 uses the gain itself (not 2^gain - 1) and log2(1 + rank), as trec_eval does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from search_r3.errors import DataError
+
+METRICS = ("nDCG@10", "R@100", "RR@10")
+"""ir-measures' names; RR@10 averaged over queries is MRR@10."""
+
+Ranking = Mapping[str, float]
+"""Document ids with their scores."""
+
+
+def score_queries(
+    judgements: Mapping[str, Mapping[str, int]], run: Mapping[str, Ranking]
+) -> dict[str, dict[str, float]]:
+    """Metric -> query id -> value in [0, 1]; a judged query without results counts 0."""
+    try:
+        import ir_measures
+    except ImportError:
+        raise DataError("measuring needs the 'eval' extra: pip install 'search-r3[eval]'") from None
+
+    measures = [ir_measures.parse_measure(name) for name in METRICS]
+    values = {name: dict.fromkeys(judgements, 0.0) for name in METRICS}
+    for value in ir_measures.iter_calc(measures, judgements, {query: dict(ranking) for query, ranking in run.items()}):
+        values[str(value.measure)][value.query_id] = float(value.value)
+    return values
+
+
+def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p of the paired randomisation test: signs of the per-query differences are flipped at random.
+
+    Fisher's test as recommended for retrieval by Smucker et al. (2007). 1.0 when all differences are zero.
+    """
+    from scipy.stats import permutation_test
+
+    differences = np.asarray(first) - np.asarray(second)
+    if not differences.any():
+        return 1.0
+    # Differences against zero: "samples" permutes within pairs, which flips signs.
+    result = permutation_test(
+        (differences, np.zeros_like(differences)),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)

