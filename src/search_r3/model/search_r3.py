@@ -186,9 +186,15 @@ class SearchR3:
 
 
 def _quantise(model: torch.nn.Module) -> None:
-    """8-bit linear weights (one scale a row) with activations quantised on the fly; changes the model."""
+    """8-bit linear weights (one scale a row) with activations quantised on the fly; changes the model.
+
+    The MLP's last projection stays in float32: a few of its inputs are hundreds of times larger than the rest, and one
+    scale for all of them would lose the others.
+    """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
+    linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+        spec = dict.fromkeys((name for name in linear if "down_proj" not in name), per_channel_dynamic_qconfig)
+        quantize_dynamic(model, spec, inplace=True)
