@@ -23,7 +23,9 @@ def arguments(description: str | None, **options: tuple[Any, str]) -> argparse.N
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads for both sides")
     for name, (default, text) in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})"
+        )
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     return parsed
@@ -47,9 +49,14 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> 
     }
 
 
+def demo_words() -> list[str]:
+    """The words of the bundled documents, in order."""
+    return " ".join(document.content for document in read_documents(DEMO)).split()
+
+
 def demo_texts(count: int, tokens: int, tokenizer: Any) -> list[str]:
     """Bundled documents cut or joined to lengths spread evenly over tokens x [0.7, 1.3]."""
-    words = " ".join(document.content for document in read_documents(DEMO)).split()
+    words = demo_words()
     texts, position = [], 0
     for number in range(count):
         wanted = round(tokens * (0.7 + 0.6 * number / max(count - 1, 1)))
@@ -62,9 +69,10 @@ def demo_texts(count: int, tokens: int, tokenizer: Any) -> list[str]:
     return texts
 
 
-def demo_queries(count: int) -> list[str]:
-    """Bundled questions, repeated with a number when there are too few."""
+def demo_queries(count: int, least_words: int = 0) -> list[str]:
+    """Bundled questions of at least so many words, repeated with a number when there are too few."""
     texts = [query.text for query in read_queries(DEMO / "queries.jsonl").values()]
+    texts = [text for text in texts if len(text.split()) >= least_words]
     return [texts[n % len(texts)] + (f" {n // len(texts)}" if n >= len(texts) else "") for n in range(count)]
 
 

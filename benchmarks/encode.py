@@ -6,19 +6,20 @@ bfloat16 and int8: their speed against our float32, and their cost in nDCG@10 on
     python benchmarks/encode.py --json
 """
 
-
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
-from common import arguments, demo_queries, demo_texts, finish, paired
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
+from common import arguments, demo_queries, demo_texts, finish, paired
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import DEMO, load_collection
 from search_r3.evaluate.metrics import score_queries
 from search_r3.model.checkpoint import quiet, resolve
+from search_r3.model.search_r3 import Dtype
 
 
 def sentence_transformer(model: SearchR3) -> SentenceTransformer:
@@ -32,33 +33,30 @@ def sentence_transformer(model: SearchR3) -> SentenceTransformer:
         return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
 
 
-def ndcg(model: SearchR3) -> float:
-    """nDCG@10 of direct search on the bundled collection, documents cut at 96 tokens to save time."""
-    collection = load_collection(DEMO)
-    documents = model.encode_documents(collection.documents, max_tokens=96)
-    queries = model.encode_queries([query.text for query in collection.queries])
-    scores = queries @ documents.T
+def lighter(dtype: Dtype) -> tuple[float, float]:
+    """Seconds to encode the bundled collection, documents cut at 64 tokens to save time, and its direct nDCG@10."""
+    model, collection = SearchR3.from_pretrained("base", dtype=dtype), load_collection(DEMO)
+    queries = [query.text for query in collection.queries]
+    model.encode_queries(queries)  # warm-up
+    started = time.perf_counter()
+    documents, asked = model.encode_documents(collection.documents, max_tokens=64), model.encode_queries(queries)
+    seconds = time.perf_counter() - started
     run = {
         query.id: {collection.documents[d].id: float(row[d]) for d in np.argsort(-row)[:100]}
-        for query, row in zip(collection.queries, scores, strict=True)
+        for query, row in zip(collection.queries, asked @ documents.T, strict=True)
     }
-    return float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
-
-
-def paired_with(lighter: SearchR3, model: SearchR3, documents: list[str]) -> float:
-    """How many times faster than float32."""
-    return paired(lambda: lighter.encode_documents(documents), lambda: model.encode_documents(documents), 1)["ratio"]
+    return seconds, float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
 
 
 def main() -> None:
     args = arguments(
-        __doc__, documents=(48, "documents"), document_tokens=(100, "mean tokens of a document"), queries=(64, "queries"),
-        repeats=(3, "counted runs"), batch_size=(32, "the peer's batch size; 32 is its default"),
+        __doc__, documents=(48, "documents"), document_tokens=(100, "mean tokens of a document"),
+        queries=(64, "queries"), repeats=(3, "counted runs"), batch_size=(32, "the peer's batch size, its default"),
     )  # fmt: skip
     model = SearchR3.from_pretrained("base")
     peer = sentence_transformer(model)
     documents = demo_texts(args.documents, args.document_tokens, model.engine.tokenizer)
-    queries = demo_queries(args.queries)
+    queries = demo_queries(args.queries, least_words=8)
     act, token = model.manifest.prompts.embed, model.manifest.embed_token
 
     def whole(texts: list[str]) -> list[str]:
@@ -74,8 +72,8 @@ def main() -> None:
     by_document = paired(lambda: model.encode_documents(documents), lambda: theirs(documents), args.repeats)
     by_query = paired(lambda: model.encode_queries(queries), lambda: theirs(queries), args.repeats)
     tokens = [sum(map(len, model.engine.plain_ids(texts))) / len(texts) for texts in (documents, queries)]
-    lighter = {dtype: SearchR3.from_pretrained("base", dtype=dtype) for dtype in ("bfloat16", "int8")}
-    light_x = {dtype: paired_with(other, model, documents) for dtype, other in lighter.items()}
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
+    light = {dtype: lighter(dtype) for dtype in dtypes}
     finish(
         {
             "documents_x": by_document["ratio"],
@@ -86,9 +84,8 @@ def main() -> None:
             "prefix_tokens": len(model.engine.prefix_ids("embed")),
             "documents_per_s": len(documents) / by_document["ours_s"],
             "queries_per_s": len(queries) / by_query["ours_s"],
-            **{f"{dtype}_x": ratio for dtype, ratio in light_x.items()},
-            "ndcg10_float32": ndcg(model),
-            **{f"ndcg10_{dtype}": ndcg(other) for dtype, other in lighter.items()},
+            **{f"{dtype}_x": light["float32"][0] / seconds for dtype, (seconds, _) in light.items()},
+            **{f"ndcg10_{dtype}": score for dtype, (_, score) in light.items()},
             "threads": args.threads,
         },
         args.json,

@@ -8,8 +8,8 @@ the embedding token for the vector.
 
 import numpy as np
 import torch
-from common import arguments, demo_queries, finish, paired
 
+from common import arguments, demo_queries, finish, paired
 from search_r3 import SearchR3
 from search_r3.model.embedding import embed
 

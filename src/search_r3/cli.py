@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -452,7 +453,7 @@ def eval_(
         results, model, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
         max_new_tokens=max_new_tokens, fuse=fuse,
     )  # fmt: skip
-    command = f"search-r3 eval {' '.join(path.name for path in datasets)} --modes {','.join(chosen)}"
+    command = shlex.join(["search-r3", *sys.argv[1:]])
     for path in output or []:
         write_json(path, report) if path.suffix == ".json" else write_text(path, markdown(report, command))
     if details is not None:

@@ -209,7 +209,7 @@ class Retriever:
         store = self.store
         path = store.derived("graph")
         if path.exists():
-            return GraphIndex.load(path, store.manifest.dimension, store.alive)
+            return GraphIndex.load(path, store.vectors, store.alive)
         graph = GraphIndex.build(store.vectors, store.alive)
         temporary = path.with_name(f".{path.name}")
         graph.save(temporary)

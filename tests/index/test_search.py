@@ -63,16 +63,20 @@ def test_graph_finds_what_exact_finds_and_skips_the_dead(rng, tmp_path):
     assert recall > 0.95
     assert alive[rows].all()
     assert len(graph) == alive.sum()
-    np.testing.assert_allclose(scores[:, 0], np.take_along_axis(queries @ vectors.T, rows, 1)[:, 0], atol=2e-3)
+    np.testing.assert_allclose(scores[:, 0], np.take_along_axis(queries @ vectors.T, rows, 1)[:, 0], atol=1e-6)
     graph.save(tmp_path / "graph")
-    loaded = GraphIndex.load(tmp_path / "graph", 32, alive)
+    loaded = GraphIndex.load(tmp_path / "graph", vectors, alive)
     np.testing.assert_array_equal(loaded.search(queries, 10)[1], rows)
 
 
 def test_graph_smaller_than_k_and_damaged_file(rng, tmp_path):
     pytest.importorskip("usearch")
-    graph = GraphIndex.build(unit(rng, 3, 8))
+    vectors = unit(rng, 3, 8)
+    graph = GraphIndex.build(vectors)
     assert sorted(graph.search(unit(rng, 1, 8), 5)[1][0].tolist()) == [-1, -1, 0, 1, 2]
     (tmp_path / "graph").write_bytes(b"nonsense")
     with pytest.raises(StoreError, match="delete it, and it will be rebuilt"):
-        GraphIndex.load(tmp_path / "graph", 8)
+        GraphIndex.load(tmp_path / "graph", vectors)
+    graph.save(tmp_path / "graph")
+    with pytest.raises(StoreError, match="it holds 3 rows"):
+        GraphIndex.load(tmp_path / "graph", vectors[:2])

@@ -8,6 +8,7 @@ the tail is the user's text (control tokens disabled), the act's suffix, anythin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from search_r3.errors import DataError
+from search_r3.model.attention import NAME as PACKED_ATTENTION
+from search_r3.model.attention import Packed, packed_states
 from search_r3.model.cache import Prefix, take_prefix
 from search_r3.model.embedding import embed
 from search_r3.model.prompts import ActName, Prompts
@@ -46,9 +49,10 @@ class Engine:
             raise ValueError("the embedding token must not have id 0, which pads batches")
         self.model, self.tokenizer, self.prompts, self.embed_token_id = model, tokenizer, prompts, embed_token_id
         self.dimension: int = dims or model.config.get_text_config().hidden_size
+        model.set_attn_implementation(PACKED_ATTENTION)
         self.backbone = model.get_decoder()
         self.device: torch.device = model.device
-        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 32768)
+        self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 32768)
         self._prefixes: dict[ActName, tuple[int, Prefix]] = {}
         self._fixed = {
             act: (self._control_ids(getattr(prompts, act).prefix), self._control_ids(getattr(prompts, act).suffix))
@@ -99,7 +103,7 @@ class Engine:
         return vectors
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row numbers by falling length, so that a batch is nearly rectangular and the largest comes first."""
+        """Row numbers by falling length: a batch holds nearly equal texts, and the largest comes first."""
         batch: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
             if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
@@ -111,17 +115,11 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, tails: Sequence[Sequence[int]], act: ActName) -> Tensor:
-        """(B, D) embeddings of one batch, padded on the right: causal attention never lets a token see the padding."""
-        ids = torch.zeros(len(tails), max(map(len, tails)), dtype=torch.long)  # (B, T)
-        for row, tail in enumerate(tails):
-            ids[row, : len(tail)] = torch.tensor(tail)
-        ids = ids.to(self.device)
-        prefix = self.prefix(act)
-        positions = torch.arange(prefix.length, prefix.length + ids.shape[1], device=self.device)[None]  # (1, T)
-        states = self.backbone(
-            input_ids=ids, position_ids=positions, past_key_values=prefix.cache(*ids.shape), use_cache=True
-        ).last_hidden_state  # (B, T, H)
-        return self.embed(states, ids)
+        """(B, D) embeddings of one batch."""
+        packed = Packed.of([len(tail) for tail in tails], self.prefix(act), self.device)
+        ids = torch.tensor([list(chain.from_iterable(tails))], device=self.device)  # (1, N)
+        states = packed_states(self.backbone, ids, packed)  # (1, N, H)
+        return self.embed(states[0, packed.ends, None], ids[0, packed.ends, None])
 
     def embed(self, last_hidden_state: Tensor, input_ids: Tensor) -> Tensor:
         """`embedding.embed` with this model's token and width: (B, T, H), (B, T) -> (B, D)."""

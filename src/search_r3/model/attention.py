@@ -1,0 +1,107 @@
+"""Attention over packed rows behind one shared prefix: no padding anywhere but inside the attention itself.
+
+Texts of a batch stand one after another in a single row, so the linear layers, which take most of the time, see real
+tokens only. Each text attends to the shared prefix and, causally, to itself. Gradients flow through all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from search_r3.model.cache import Prefix
+
+NAME = "search_r3_packed"  # transformers calls an attention by name
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How B texts of N tokens in all lie in one row, and the prefix before each."""
+
+    prefix: Prefix
+    """P tokens that every text follows."""
+    slots: Tensor
+    """(B, T) place in the row of each text's tokens; padding on the right repeats the text's last token."""
+    ends: Tensor
+    """(B,) place of each text's last token."""
+    positions: Tensor
+    """(1, N) position of each token in its own turn, counted from the prefix's first token."""
+    mask: Tensor
+    """(T, P+T) bool, true where a query may look: the prefix, and no token after itself."""
+    places: Tensor
+    """(N,) where each token of the row stands in the flattened slots."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], prefix: Prefix, device: torch.device) -> Packed:
+        """Lay out texts of these lengths (tokens after the prefix, each at least 1)."""
+        counts = torch.tensor(lengths)  # (B,)
+        width = int(counts.max())
+        column = torch.arange(width)
+        starts = counts.cumsum(0) - counts
+        slots = starts[:, None] + torch.minimum(column[None], counts[:, None] - 1)
+        real = column[None] < counts[:, None]
+        positions = prefix.length + column.expand(len(lengths), -1)[real]
+        mask = torch.ones(width, prefix.length + width, dtype=torch.bool).tril(prefix.length)
+        parts = slots, starts + counts - 1, positions[None], mask, real.flatten().nonzero()[:, 0]
+        return cls(prefix, *(part.to(device) for part in parts))
+
+
+def packed_states(backbone: torch.nn.Module, ids: Tensor, packed: Packed) -> Tensor:
+    """Final hidden states (1, N, H) of packed tokens (1, N); the backbone must use the attention named `NAME`."""
+    states: Tensor = backbone(
+        input_ids=ids,
+        position_ids=packed.positions,
+        attention_mask=ids.new_empty(1, 1, 1, 1),  # four dimensions: transformers builds no mask of its own
+        use_cache=False,
+        packed=packed,
+    ).last_hidden_state
+    return states
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Packed | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The signature is transformers'. query: (B, heads, T, width); key, value: (B, key heads, T, width)."""
+    if packed is None:
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return usual
+    rows, width = packed.slots.shape
+    if (window := kwargs.get("sliding_window")) and window < packed.mask.shape[1]:
+        raise ValueError(f"turns of {packed.mask.shape[1]} tokens exceed the model's attention window of {window}")
+
+    def unpack(part: Tensor) -> Tensor:  # (1, heads, N, width) -> (B, heads, T, width)
+        return part[0][:, packed.slots.flatten()].reshape(-1, rows, width, part.shape[3]).transpose(0, 1)
+
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    shared_key, shared_value = packed.prefix.keys[layer], packed.prefix.values[layer]
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        unpack(query),
+        torch.cat([shared_key.expand(rows, -1, -1, -1), unpack(key)], dim=2),
+        torch.cat([shared_value.expand(rows, -1, -1, -1), unpack(value)], dim=2),
+        attn_mask=packed.mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # (B, heads, T, width)
+    output: Tensor = attended.transpose(1, 2).flatten(0, 1)[packed.places][None]  # (1, N, heads, width)
+    return output, None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
