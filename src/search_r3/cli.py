@@ -9,21 +9,34 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from search_r3.cli_common import (
+    Arithmetic,
+    Checkpoint,
+    Device,
+    Dims,
+    EmbedToken,
+    Json,
+    Precision,
+    PromptFile,
+    err,
+    interruptible,
+    load_model,
+    out,
+    print_json,
+)  # fmt: skip
+from search_r3.cli_train import mine, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
-    from search_r3.model.search_r3 import SearchR3
     from search_r3.records import Hit
     from search_r3.retriever import Found
 
@@ -34,16 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models that think, then embed: search your documents, measure and train such models.",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class Precision(StrEnum):
-    """Arithmetic of the model."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
 
 
 class Kind(StrEnum):
@@ -51,20 +54,6 @@ class Kind(StrEnum):
 
     exact = "exact"
     graph = "graph"
-
-
-Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", "-c", help="'default', a folder, an adapter folder or a hub name.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Arithmetic = Annotated[Precision, typer.Option(help="int8: smaller and faster on CPUs, slightly less exact.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
-Dims = Annotated[int | None, typer.Option(help="Keep only the first components of each vector.")]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", help="JSON with the prompts of another project's model; see docs/checkpoints.md."),
-]
-EmbedToken = Annotated[str | None, typer.Option(help="The embedding token of another project's model.")]
 
 
 def main() -> None:
@@ -79,36 +68,6 @@ def main() -> None:
         sys.exit(0)
 
 
-@contextmanager
-def _interruptible(kept: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print(f"\ninterrupted; {kept}")
-        raise typer.Exit(130) from None
-
-
-def _load(
-    checkpoint: str,
-    precision: Precision = Precision.auto,
-    device: str | None = None,
-    dims: int | None = None,
-    prompt_file: Path | None = None,
-    embed_token: str | None = None,
-) -> SearchR3:
-    with err.status("loading the model"):
-        from search_r3.model.prompts import read_prompts
-        from search_r3.model.search_r3 import SearchR3
-    prompts = read_prompts(prompt_file) if prompt_file else None
-    return SearchR3.from_pretrained(
-        checkpoint, device=device, dtype=precision.value, dims=dims, prompts=prompts, embed_token=embed_token
-    )
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
 @app.command()
 def demo(json_: Json = False) -> None:
     """See it work: a real model reads questions, thinks, and searches 200 command-line manual pages.
@@ -117,10 +76,10 @@ def demo(json_: Json = False) -> None:
     """
     from search_r3.demo import run_demo
 
-    with _interruptible("run it again to go on where it stopped"):
-        report = run_demo(_load("default"), out=None if json_ else out, show_hits=_show_hits)
+    with interruptible("run it again to go on where it stopped"):
+        report = run_demo(load_model("default"), out=None if json_ else out, show_hits=_show_hits)
     if json_:
-        _print_json(report)
+        print_json(report)
 
 
 @app.command()
@@ -146,7 +105,7 @@ def init(
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
     if json_:
-        _print_json(manifest.model_dump())
+        print_json(manifest.model_dump())
     else:
         out.print(
             f"Wrote {folder}: {manifest.embed_token} has id {manifest.embed_token_id}. Try: search-r3 info {folder}"
@@ -209,7 +168,7 @@ def index(
     first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
     if first is None:
         raise DataError(f"{corpus}: holds no documents")
-    model = _load(checkpoint, precision, device, dims, prompt_file, embed_token)
+    model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
     from search_r3.retriever import Retriever
 
     seen: set[str] = set()
@@ -225,14 +184,14 @@ def index(
 
     with (
         Retriever.open_or_create(folder, model, splitting=splitting, dtype=dtype) as retriever,  # type: ignore[arg-type]
-        _interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
+        interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
     ):
         report = asdict(retriever.add(watched() if delete_missing else stream(), progress=None))
         if delete_missing:
             report["deleted"] = retriever.delete([name for name in retriever.store.ids() if name not in seen])
         report |= {"skipped": len(bad), "documents": len(retriever.store), "passages": retriever.store.passages}
     if json_:
-        _print_json(report)
+        print_json(report)
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
         out.print(f"Search it with: search-r3 search {folder}")
@@ -269,7 +228,7 @@ def search(
 
     with Store.open(folder, verify=False) as store:  # fails at once, before the model is loaded
         stored = store.manifest
-    model = _load(checkpoint or stored.checkpoint, precision, device, None, prompt_file, embed_token)
+    model = load_model(checkpoint or stored.checkpoint, precision, device, None, prompt_file, embed_token)
     model.engine.dimension = min(model.dimension, stored.dimension)  # an index made with --dims
     from search_r3.retriever import Retriever
 
@@ -286,7 +245,7 @@ def search(
                 on_text=(lambda _, piece: out.print(Text(piece, style="italic cyan"), end="")) if streaming else None,
             )
             if json_:
-                _print_json(_found_json(found))
+                print_json(_found_json(found))
             else:
                 if found.reasoned and not streaming:
                     out.print(Text(found.reasoned.text, style="italic cyan"))
@@ -364,7 +323,7 @@ def embed(
     given = texts or [line.rstrip("\n") for line in sys.stdin]
     if not given:
         raise DataError("no texts; give them as arguments or on standard input, one a line")
-    model = _load(checkpoint, precision, device, dims, prompt_file, embed_token)
+    model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
     if reason:
         reasoned = model.reason(given, progress=None)
         vectors = [r.vector for r in reasoned]
@@ -385,7 +344,7 @@ def embed(
         err.print(f"wrote {len(vectors)} x {model.dimension} float32 to {npy}")
     else:
         for text, vector, more in zip(given, vectors, extra, strict=True):
-            _print_json({"text": text, **more, "vector": [round(float(x), 7) for x in vector]})
+            print_json({"text": text, **more, "vector": [round(float(x), 7) for x in vector]})
 
 
 @app.command("eval")
@@ -436,7 +395,7 @@ def eval_(
         if path.suffix not in (".json", ".md") or not path.parent.is_dir():
             raise DataError(f"--output {path}: must end in .json or .md, in a folder that exists")
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
-    model = _load(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
+    model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 
     def on_result(result: CollectionResult) -> None:
         scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
@@ -444,7 +403,7 @@ def eval_(
             err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
         err.print(f"{result.name}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
 
-    with _interruptible("document vectors are cached; the same command goes on"):
+    with interruptible("document vectors are cached; the same command goes on"):
         results = evaluate(
             model, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
             fuse=fuse, precision=precision.value, on_result=on_result,
@@ -459,7 +418,7 @@ def eval_(
     if details is not None:
         write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
     if json_:
-        _print_json(report)
+        print_json(report)
     else:
         out.print(rich_table(report))
 
@@ -512,7 +471,7 @@ def info(
             )
         facts = {"folder": str(path), "fingerprint": manifest.fingerprint} | manifest.model_dump()
     if json_:
-        _print_json(facts)
+        print_json(facts)
     else:
         out.print_json(data=facts)
 
@@ -558,14 +517,19 @@ def doctor(json_: Json = False) -> None:
     try:
         from search_r3.demo import self_check
 
-        facts["self-check (max difference)"] = self_check(_load("default"))
+        facts["self-check (max difference)"] = self_check(load_model("default"))
     except SearchR3Error as error:
         problem = str(error)
     facts["ok"] = problem is None and facts["self-check (max difference)"] < 1e-4
     facts["problem"] = problem
     if json_:
-        _print_json(facts)
+        print_json(facts)
     else:
         out.print_json(data=facts)
     if not facts["ok"]:
         raise typer.Exit(1)
+
+
+app.add_typer(train, name="train")
+app.command()(mine)
+app.command()(plot)

@@ -49,7 +49,7 @@ def read_documents(
     """
     fields = fields or Fields()
     seen: dict[bytes, str] = {}  # a digest and a place per document: memory does not grow with the text
-    for where, record in _records(source, on_bad):
+    for where, record in read_records(source, on_bad):
         try:
             document = _document(where, record, fields)
             digest = hashlib.blake2b(document.id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
@@ -94,7 +94,8 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, int]]:
     return judgements
 
 
-def _records(source: str | Path, on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
+def read_records(source: str | Path, on_bad: Callable[[DataError], None] | None = None) -> Iterator[Located]:
+    """(place, record) pairs of a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a folder, or `hf://owner/name#split`."""
     if str(source).startswith("hf://"):
         return _hub(str(source))
     path = Path(source).expanduser()

@@ -22,3 +22,7 @@ class CheckpointError(SearchR3Error):
 
 class StoreError(SearchR3Error):
     """An index folder that cannot be opened, trusted or written."""
+
+
+class TrainingError(SearchR3Error):
+    """A recipe that cannot be run, or a run that cannot go on."""

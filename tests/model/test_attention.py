@@ -26,16 +26,20 @@ def test_states_and_gradients_equal_unshared_unpadded_passes(model):
     )
     expected = gradients(model.engine.model, (alone * weights).sum())
 
-    cache = DynamicCache()
-    backbone(input_ids=torch.tensor([PREFIX]), past_key_values=cache, use_cache=True)
-    packed = Packed.of([len(text) for text in TEXTS], take_prefix(cache), torch.device("cpu"))
-    states = packed_states(backbone, torch.tensor([[token for text in TEXTS for token in text]]), packed)
-    together = states[0, packed.ends]
+    row = [token for text in TEXTS for token in text]
+    packed = Packed.of([len(text) for text in TEXTS], len(PREFIX), torch.device("cpu"))
+    together = packed_states(backbone, torch.tensor([PREFIX + row]), packed)[0, packed.ends]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     found = gradients(model.engine.model, (together * weights).sum())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+    cache = DynamicCache()
+    backbone(input_ids=torch.tensor([PREFIX]), past_key_values=cache, use_cache=True)
+    packed = Packed.of([len(text) for text in TEXTS], take_prefix(cache), torch.device("cpu"))
+    cached = packed_states(backbone, torch.tensor([row]), packed)[0, packed.ends]
+    torch.testing.assert_close(cached, alone, atol=1e-5, rtol=0)
 
 
 def test_a_turn_longer_than_the_attention_window_is_refused(model):

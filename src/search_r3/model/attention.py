@@ -25,8 +25,10 @@ NAME = "search_r3_packed"  # transformers calls an attention by name
 class Packed:
     """How B texts of N tokens in all lie in one row, and the prefix before each."""
 
-    prefix: Prefix
-    """P tokens that every text follows."""
+    prefix: Prefix | None
+    """P tokens that every text follows, computed before; None where they are the first P tokens of this row."""
+    prefix_length: int
+    """P."""
     slots: Tensor
     """(B, T) place in the row of each text's tokens; padding on the right repeats the text's last token."""
     ends: Tensor
@@ -36,21 +38,26 @@ class Packed:
     mask: Tensor
     """(T, P+T) bool, true where a query may look: the prefix, and no token after itself."""
     places: Tensor
-    """(N,) where each token of the row stands in the flattened slots."""
+    """Where each token of a text stands in the flattened slots, in the order of the row."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], prefix: Prefix, device: torch.device) -> Packed:
-        """Lay out texts of these lengths (tokens after the prefix, each at least 1)."""
+    def of(cls, lengths: Sequence[int], prefix: Prefix | int, device: torch.device) -> Packed:
+        """Lay out texts of these lengths (tokens after the prefix, each at least 1).
+
+        prefix: computed before, or its number of tokens where the row starts with them, so that it is trained too.
+        """
+        inside = 0 if isinstance(prefix, Prefix) else prefix
+        before = prefix.length if isinstance(prefix, Prefix) else prefix
         counts = torch.tensor(lengths)  # (B,)
         width = int(counts.max())
         column = torch.arange(width)
-        starts = counts.cumsum(0) - counts
+        starts = inside + counts.cumsum(0) - counts
         slots = starts[:, None] + torch.minimum(column[None], counts[:, None] - 1)
         real = column[None] < counts[:, None]
-        positions = prefix.length + column.expand(len(lengths), -1)[real]
-        mask = torch.ones(width, prefix.length + width, dtype=torch.bool).tril(prefix.length)
+        positions = torch.cat([torch.arange(inside), before + column.expand(len(lengths), -1)[real]])
+        mask = torch.ones(width, before + width, dtype=torch.bool).tril(before)
         parts = slots, starts + counts - 1, positions[None], mask, real.flatten().nonzero()[:, 0]
-        return cls(prefix, *(part.to(device) for part in parts))
+        return cls(prefix if isinstance(prefix, Prefix) else None, before, *(part.to(device) for part in parts))
 
 
 def packed_states(backbone: torch.nn.Module, ids: Tensor, packed: Packed) -> Tensor:
@@ -89,18 +96,29 @@ def _attention(
     def unpack(part: Tensor) -> Tensor:  # (1, heads, N, width) -> (B, heads, T, width)
         return part[0][:, packed.slots.flatten()].reshape(-1, rows, width, part.shape[3]).transpose(0, 1)
 
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    shared_key, shared_value = packed.prefix.keys[layer], packed.prefix.values[layer]
+    inside = 0
+    if packed.prefix is None:
+        inside = packed.prefix_length
+        shared_key, shared_value = key[:, :, :inside], value[:, :, :inside]
+    else:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        shared_key, shared_value = packed.prefix.keys[layer], packed.prefix.values[layer]
+    grouped = query.shape[1] != key.shape[1]
     attended = torch.nn.functional.scaled_dot_product_attention(
         unpack(query),
         torch.cat([shared_key.expand(rows, -1, -1, -1), unpack(key)], dim=2),
         torch.cat([shared_value.expand(rows, -1, -1, -1), unpack(value)], dim=2),
         attn_mask=packed.mask,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )  # (B, heads, T, width)
-    output: Tensor = attended.transpose(1, 2).flatten(0, 1)[packed.places][None]  # (1, N, heads, width)
-    return output, None
+    output: Tensor = attended.transpose(1, 2).flatten(0, 1)[packed.places]
+    if inside:
+        first = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, :inside], shared_key, shared_value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )  # (1, heads, P, width)
+        output = torch.cat([first[0].transpose(0, 1), output])
+    return output[None], None  # (1, N, heads, width)
 
 
 AttentionInterface.register(NAME, _attention)

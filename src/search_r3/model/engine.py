@@ -73,12 +73,16 @@ class Engine:
         """Tokens before the user's text."""
         return self._fixed[act][0]
 
+    def suffix_ids(self, act: ActName) -> list[int]:
+        """Tokens between the user's text and what the model writes or the embedding token."""
+        return self._fixed[act][1]
+
     def tails(self, texts: Sequence[str], act: ActName, max_tokens: int) -> list[list[int]]:
         """What follows the prefix, up to where the model speaks: text cut to `max_tokens`, then the suffix.
 
         Raises DataError for an empty text, naming its position.
         """
-        suffix = self._fixed[act][1]
+        suffix = self.suffix_ids(act)
         tails = []
         for number, ids in enumerate(self.plain_ids(texts)):
             if not ids:

@@ -1,0 +1,74 @@
+"""What all commands share: consoles, options, loading a model, ending politely."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
+    from search_r3.model.search_r3 import SearchR3
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Precision(StrEnum):
+    """Arithmetic of the model."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", "-c", help="'default', a folder, an adapter folder or a hub name.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Arithmetic = Annotated[Precision, typer.Option(help="int8: smaller and faster on CPUs, slightly less exact.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
+Dims = Annotated[int | None, typer.Option(help="Keep only the first components of each vector.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="JSON with the prompts of another project's model; see docs/checkpoints.md."),
+]
+EmbedToken = Annotated[str | None, typer.Option(help="The embedding token of another project's model.")]
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Ctrl-C ends with status 130 and says what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"\ninterrupted; {kept}")
+        raise typer.Exit(130) from None
+
+
+def load_model(
+    checkpoint: str,
+    precision: Precision = Precision.auto,
+    device: str | None = None,
+    dims: int | None = None,
+    prompt_file: Path | None = None,
+    embed_token: str | None = None,
+) -> SearchR3:
+    """Load a checkpoint as the options say."""
+    with err.status("loading the model"):
+        from search_r3.model.prompts import read_prompts
+        from search_r3.model.search_r3 import SearchR3
+    prompts = read_prompts(prompt_file) if prompt_file else None
+    return SearchR3.from_pretrained(
+        checkpoint, device=device, dtype=precision.value, dims=dims, prompts=prompts, embed_token=embed_token
+    )
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,116 @@
+"""The training verbs of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from search_r3.cli_common import Json, err, interruptible, load_model, out, print_json
+from search_r3.errors import DataError
+
+Data = Annotated[Path, typer.Option(help="Folder that the recipe's data sets lie in.")]
+
+train = typer.Typer(no_args_is_help=True, help="Train a model: `sft` teaches it to embed.")
+
+
+@train.command()
+def sft(
+    recipe_file: Annotated[Path, typer.Argument(metavar="recipe", help="YAML file; see recipes/.")],
+    data: Data = Path("data"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Run folder; the trained model is its `model`.")
+    ] = Path("run"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace one value: key=value or group.key=value.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    allow_change: Annotated[bool, typer.Option("--allow-change", help="Resume with a changed recipe.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count everything; train nothing.")] = False,
+    json_: Json = False,
+) -> None:
+    """Stage 1: teach an instruction model to embed (SFT, KL, InfoNCE and triplet margin).
+
+    Interrupt it at any time; the same command with --resume goes on. On several processes: accelerate launch -m
+    search_r3 train sft ...
+
+    Example:  search-r3 train sft recipes/smollm2-135m-cpu.yaml --data data --output runs/first
+    """
+    with err.status("loading"):
+        from search_r3.train.config import read_recipe
+        from search_r3.train.estimate import estimate
+        from search_r3.train.supervised import prepare
+        from search_r3.train.supervised import train as run
+
+    recipe = read_recipe(recipe_file, overrides or [])
+    with err.status("reading the data"):
+        prepared = prepare(recipe, data)
+    if prepared.dropped.counts and not json_:
+        for reason, count in prepared.dropped.counts.most_common():
+            err.print(f"left out: {count:,} ({reason}; e.g. {prepared.dropped.samples[reason][0]})")
+    if dry_run:
+        report = estimate(prepared)
+        print_json(report) if json_ else out.print_json(data=report)
+        return
+    with interruptible(f"what was saved is in {output}; go on with --resume"):
+        folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+    if json_:
+        print_json({"model": str(folder)})
+    else:
+        out.print(f"Wrote {folder}. Measure it with: search-r3 eval DATASET --checkpoint {folder}")
+
+
+def mine(
+    dataset: Annotated[Path, typer.Argument(help="BEIR folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
+    index: Annotated[str, typer.Option(help="'bm25', or a checkpoint of ours that searches.")] = "bm25",
+    split: Annotated[str, typer.Option(help="Which judgements.")] = "train",
+    count: Annotated[int, typer.Option(help="Most negatives of a query.", min=1)] = 4,
+    depth: Annotated[int, typer.Option(help="Candidates looked at.", min=1)] = 100,
+    skip: Annotated[int, typer.Option(help="Best candidates passed over, however they score.", min=0)] = 0,
+    max_score_ratio: Annotated[
+        float, typer.Option(help="Pass over candidates above this share of the positive's score; 0: none.")
+    ] = 0.95,
+    json_: Json = False,
+) -> None:
+    """Find hard negatives for training: documents that look right and are not.
+
+    Example:  search-r3 mine data/squad -o data/squad/negatives.jsonl
+    """
+    from search_r3.files import write_text
+    from search_r3.train.data import dump
+    from search_r3.train.mining import Mining, lexical_search, model_search
+    from search_r3.train.mining import mine as find
+
+    if not output.parent.is_dir():
+        raise DataError(f"--output {output}: its folder does not exist")
+    searcher = lexical_search if index == "bm25" else model_search(load_model(index))
+    with interruptible("nothing was written"):
+        records = list(find(dataset, split, Mining(count, depth, skip, max_score_ratio), searcher))
+    write_text(output, "".join(dump(record) for record in records))
+    ranks = [record["rank"] for record in records if record["rank"]]
+    report: dict[str, Any] = {
+        "queries": len(records),
+        "negatives": sum(len(record["negatives"]) for record in records),
+        "positive_first": sum(rank == 1 for rank in ranks) / max(len(records), 1),
+        "positive_beyond_depth": 1 - len(ranks) / max(len(records), 1),
+    }
+    print_json(report) if json_ else out.print_json(data=report)
+
+
+def plot(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=".png, .svg or .pdf; default RUN/curves.png.")
+    ] = None,
+) -> None:
+    """Draw the curves of a run.
+
+    Example:  search-r3 plot runs/first
+    """
+    from search_r3.train.plot import plot as draw
+
+    image = output or run / "curves.png"
+    draw(run, image)
+    out.print(f"Wrote {image}")

@@ -1,0 +1,247 @@
+"""Training sets: from files to examples, without duplicates and without what evaluation sets hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search_r3.corpus import read_documents, read_judgements, read_queries, read_records
+from search_r3.errors import DataError, EmptyTextError
+from search_r3.evaluate.collection import load_collection
+from search_r3.records import Document
+from search_r3.train.config import Recipe, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A document as a training example holds it."""
+
+    id: str
+    """Unique within its source."""
+    text: str
+    """Title and body, as it is embedded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query, one document that answers it, and some that do not."""
+
+    source: str
+    """Where it comes from."""
+    id: str
+    """The query's id within its source."""
+    query: str
+    """Its text."""
+    positive: Passage
+    """The document to find."""
+    negatives: tuple[Passage, ...] = ()
+    """Mined documents that look right and are not, hardest first."""
+    relevant: frozenset[str] = frozenset()
+    """Ids of all documents that are relevant to the query."""
+    thought: str | None = None
+    """A reasoning to learn from."""
+
+
+@dataclass(slots=True)
+class Dropped:
+    """What was left out of the training data, and why."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Examples by reason."""
+    samples: dict[str, list[str]] = field(default_factory=dict)
+    """The first ids of each reason."""
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one."""
+        self.counts[reason] += 1
+        if len(found := self.samples.setdefault(reason, [])) < 5:
+            found.append(name)
+
+
+def load_examples(recipe: Recipe, root: Path) -> tuple[list[list[Example]], Dropped]:
+    """Examples of each source, cleaned, in the recipe's order.
+
+    Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
+    equal to a test query, or a positive equal to a document that a test query should find (after removing case,
+    punctuation and spaces). Raises DataError for a source that cannot be used.
+    """
+    queries, documents = _held_out(recipe.held_out, root)
+    dropped, result = Dropped(), []
+    for source in recipe.sources:
+        kept, seen = [], set()
+        for example in _read(source, root, dropped):
+            name = f"{example.source}:{example.id}"
+            pair = _key(example.query), _key(example.positive.text)
+            if pair in seen:
+                dropped.add("duplicate", name)
+            elif pair[0] in queries:
+                dropped.add(f"query is in {queries[pair[0]]}", name)
+            elif pair[1] in documents:
+                dropped.add(f"positive is in {documents[pair[1]]}", name)
+            else:
+                seen.add(pair)
+                kept.append(example)
+                if len(kept) == source.limit:
+                    break
+        if not kept:
+            raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
+        result.append(kept)
+    return result, dropped
+
+
+def fingerprint(examples: Iterable[Iterable[Example]]) -> str:
+    """A hash over all examples: a resumed run must see the same."""
+    digest = hashlib.sha256()
+    for source in examples:
+        for example in source:
+            digest.update(repr(replace(example, relevant=frozenset())).encode())
+            digest.update(repr(sorted(example.relevant)).encode())
+    return digest.hexdigest()
+
+
+def plan(sources: Sequence[Sequence[Example]], recipe: Recipe) -> list[Example]:
+    """The examples of every step in order, `batch.queries` a step, each step from one source.
+
+    Sources are drawn by weight; a source is passed through in a new random order each time.
+    """
+    random = np.random.default_rng(recipe.seed)
+    weights = np.array([source.weight for source in recipe.sources])
+    turns = random.choice(len(sources), size=recipe.steps, p=weights / weights.sum())
+    streams = [_endless(source, np.random.default_rng([recipe.seed, n])) for n, source in enumerate(sources)]
+    return [next(streams[turn]) for turn in turns for _ in range(recipe.batch.queries)]
+
+
+def _endless(source: Sequence[Example], random: np.random.Generator) -> Iterator[Example]:
+    while True:
+        for number in random.permutation(len(source)):
+            yield source[number]
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(re.sub(r"[\W_]+", "", text.casefold()).encode()).hexdigest()
+
+
+def _held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Name of the set by key of its test queries and of its relevant documents."""
+    queries: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    for path in paths:
+        collection = load_collection(root / path)
+        queries |= {_key(query.text): collection.name for query in collection.queries}
+        relevant = {name for judged in collection.judgements.values() for name, score in judged.items() if score > 0}
+        for document in collection.documents:
+            if document.id in relevant:
+                documents[_key(document.content)] = documents[_key(document.text)] = collection.name
+    return queries, documents
+
+
+def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
+    if source.path.startswith("hf://"):
+        examples = _from_records(source.path)
+    elif (root / source.path).is_dir():
+        examples = _from_beir(source, root, dropped)
+    else:
+        examples = _from_records(str(root / source.path))
+    thoughts = _thoughts(root / source.thoughts) if source.thoughts else {}
+    for example in examples:
+        yield replace(example, thought=thoughts[example.id]) if example.id in thoughts else example
+
+
+def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
+    folder = root / source.path
+    path = folder / "qrels" / f"{source.split}.tsv"
+    queries, judgements = read_queries(folder / "queries.jsonl"), read_judgements(path)
+
+    def skip(error: DataError) -> None:
+        if not isinstance(error, EmptyTextError):
+            raise error
+        dropped.add("empty document", str(error))
+
+    documents = {document.id: document for document in read_documents(folder, on_bad=skip)}
+    mined = read_negatives(root / source.negatives) if source.negatives else {}
+    for name, judged in judgements.items():
+        if name not in queries:
+            raise DataError(f"{path}: judges query {name!r}, which is not in {folder / 'queries.jsonl'}")
+        relevant = frozenset(document for document, score in judged.items() if score > 0)
+        if not relevant:
+            dropped.add("query without a positive", f"{source.path}:{name}")
+        negatives = []
+        for document in mined.get(name, ()):
+            if document in relevant:
+                raise DataError(
+                    f"{root / str(source.negatives)}: document {document!r} is a negative of query {name!r}, but "
+                    f"{path} says it is relevant; mine again"
+                )
+            if document not in documents:
+                raise DataError(f"{root / str(source.negatives)}: document {document!r} is not in {folder}; mine again")
+            negatives.append(_passage(documents[document]))
+        for document in sorted(relevant):
+            if document not in documents:
+                dropped.add("positive missing from the corpus", f"{source.path}:{name}")
+                continue
+            yield Example(
+                source.path, name, queries[name].text, _passage(documents[document]), tuple(negatives), relevant
+            )
+
+
+def _passage(document: Document) -> Passage:
+    return Passage(document.id, document.content)
+
+
+def _from_records(path: str) -> Iterator[Example]:
+    """Records with a query, its positives and perhaps negatives, under the names that the field uses."""
+    for number, (where, record) in enumerate(read_records(path)):
+        query = _texts(where, record, ("query", "anchor", "question"))
+        positives = _texts(where, record, ("positives", "positive", "pos", "answer"))
+        negatives = _texts(where, record, ("negatives", "negative", "neg"), required=False)
+        if both := set(positives) & set(negatives):
+            raise DataError(f"{where}: {min(both)[:60]!r} is both a positive and a negative")
+        relevant = frozenset(_key(text) for text in positives)
+        hard = tuple(Passage(_key(text), text) for text in negatives)
+        thought = record.get("thought")
+        for text in positives:
+            yield Example(path, str(number), query[0], Passage(_key(text), text), hard, relevant, thought)
+
+
+def _texts(where: str, record: Any, names: tuple[str, ...], required: bool = True) -> list[str]:
+    for name in names:
+        if (value := record.get(name)) is not None:
+            texts = value if isinstance(value, list) else [value]
+            if not all(isinstance(text, str) and text.strip() for text in texts) or (required and not texts):
+                raise DataError(f"{where}: field {name!r} must be a text or a list of texts, none of them empty")
+            return texts
+    if required:
+        raise DataError(f"{where}: no field {names[0]!r} (also accepted: {', '.join(names[1:])})")
+    return []
+
+
+def read_negatives(path: Path) -> dict[str, list[str]]:
+    """Mined negatives: document ids by query id, hardest first."""
+    found: dict[str, list[str]] = {}
+    for where, record in read_records(path):
+        if not isinstance(record.get("query_id"), str) or not isinstance(record.get("negatives"), list):
+            raise DataError(f"{where}: needs 'query_id' and 'negatives', a list of document ids")
+        found[record["query_id"]] = [str(name) for name in record["negatives"]]
+    return found
+
+
+def _thoughts(path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for where, record in read_records(path):
+        if not isinstance(record.get("query_id"), str) or not isinstance(record.get("thought"), str):
+            raise DataError(f"{where}: needs 'query_id' and 'thought', both texts")
+        found[record["query_id"]] = record["thought"]
+    return found
+
+
+def dump(record: Any) -> str:
+    """One JSONL line."""
+    return json.dumps(record, ensure_ascii=False) + "\n"

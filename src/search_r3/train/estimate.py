@@ -1,0 +1,62 @@
+"""What a run will take, before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from search_r3.model.checkpoint import resolve
+from search_r3.train.supervised import Prepared
+
+CPU_FLOPS = 150e9  # float32, two AVX-512 cores: what this code reaches
+GPU_FLOPS = 200e12  # bfloat16, one H100, at a usual share of its peak
+
+
+def estimate(prepared: Prepared) -> dict[str, Any]:
+    """Examples and tokens of each source, parameters, memory and time; counted on a sample of the planned steps."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    recipe = prepared.recipe
+    folder = resolve(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    parameters = model.num_parameters()
+    linear = sum(
+        part.in_features + part.out_features
+        for part in model.get_decoder().modules()
+        if isinstance(part, torch.nn.Linear)
+    )
+    trained = parameters if recipe.lora is None else recipe.lora.r * linear
+    batch = recipe.batch
+    sample = prepared.order[:: max(1, len(prepared.order) // 1000)][:1000]
+
+    def tokens(texts: list[str], limit: int) -> float:
+        return sum(min(len(ids), limit) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) / len(texts)
+
+    query = tokens([example.query for example in sample], batch.query_tokens)
+    document = tokens([example.positive.text for example in sample], batch.document_tokens)
+    negatives = sum(min(len(example.negatives), batch.negatives) for example in sample) / len(sample)
+    thoughts = [example.thought for example in sample if example.thought]
+    thought = (query + tokens(thoughts, batch.thought_tokens)) * len(thoughts) / len(sample) if thoughts else 0
+    frame = 10  # template and reply around each text
+    step = batch.queries * (query + thought + document * (1 + negatives) + frame * (2 + negatives))
+    backbone = parameters - model.get_input_embeddings().weight.numel()
+    # Two forward passes (gradient cache) and a backward of one more, two where weights are trained themselves.
+    work = 2 * backbone * step * recipe.steps * (3 if recipe.lora else 4)
+    copies = 0 if recipe.lora or not recipe.loss.kl else 1
+    memory = 4 * parameters * (1 + copies) + 12 * trained + 2000 * model.config.hidden_size * batch.chunk_tokens
+    gpu = torch.cuda.is_available()
+    speed = GPU_FLOPS if gpu else CPU_FLOPS * (2 if recipe.precision == "bfloat16" else 1)
+    return {
+        "recipe": recipe.model_dump(),
+        "examples": {source.path: len(found) for source, found in zip(recipe.sources, prepared.sources, strict=True)},
+        "left_out": dict(prepared.dropped.counts),
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "tokens_per_step": round(step),
+        "tokens": round(step * recipe.steps),
+        "memory_gb": round(memory / 1e9, 1),
+        "hours": round(work / speed / 3600, 2),
+        "assumed_device": "one GPU (200 TFLOP/s)" if gpu else "two CPU cores (AVX-512)",
+    }
