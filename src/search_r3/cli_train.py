@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,8 @@ def sft(
         return
     with interruptible(f"what was saved is in {output}; go on with --resume"):
         folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        return
     if json_:
         print_json({"model": str(folder)})
     else:

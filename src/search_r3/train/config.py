@@ -98,7 +98,7 @@ class Recipe(Strict):
     """A supervised run."""
 
     model: str = "base"
-    """What is trained: `base` (the untrained default), a folder or a hub name; it gets an embedding token if need be."""
+    """What is trained: `base` (the untrained default), a folder or a hub name; given an embedding token if need be."""
     sources: list[Source] = Field(min_length=1)
     """Training sets."""
     held_out: list[str] = []

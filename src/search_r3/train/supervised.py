@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from search_r3.errors import CheckpointError, TrainingError
@@ -66,9 +67,13 @@ def train(
     from. change: allow resuming with another recipe. Raises TrainingError for a run that cannot start or go on.
     """
     recipe = prepared.recipe
-    _claim(prepared, output, resume, change)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        if state.is_main_process:
+            _claim(prepared, output, resume, change)
+        model, tokenizer, manifest = _load_model(recipe.model, output)
+        last = _latest(output)
     torch.manual_seed(recipe.seed)
-    model, tokenizer, manifest = _load_model(recipe.model, output)
     engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id)
     trained: Any = model.train()
     reference = None
@@ -101,7 +106,6 @@ def train(
         callbacks=[_Track(output / METRICS), test],
     )
     test.log = trainer.log
-    last = _latest(output)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.accelerator.is_main_process and not (output / FINAL).exists():
         merged = trainer.accelerator.unwrap_model(trainer.model)
@@ -198,8 +202,6 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) ->
 
 
 def _arguments(recipe: Recipe, output: Path, progress: bool) -> TrainingArguments:
-    from accelerate import PartialState
-
     processes = PartialState().num_processes
     if recipe.batch.queries % processes:
         raise TrainingError(f"batch.queries ({recipe.batch.queries}) is not a multiple of {processes} processes")

@@ -1,0 +1,160 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from search_r3 import SearchR3
+from search_r3.errors import TrainingError
+from search_r3.train import supervised
+from search_r3.train.supervised import METRICS, prepare, train
+from search_r3.train.trainer import SupervisedTrainer
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(one, other, atol):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=atol, rtol=0)
+
+
+def with_batch(recipe, **values):
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update=values)})
+
+
+def first_step(recipe, root, output, monkeypatch):
+    """Loss and gradients of one step, before the optimiser."""
+    found = {}
+
+    def step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs)
+        loss.backward()
+        found["loss"] = loss.item()
+        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        raise StopIteration
+
+    monkeypatch.setattr(SupervisedTrainer, "training_step", step)
+    with pytest.raises(StopIteration):
+        train(prepare(recipe, root), root, output, progress=False)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_chunks_and_sharing_the_prefix_change_no_gradient(recipe, root, tmp_path, monkeypatch, lora):
+    recipe = recipe if lora else recipe.model_copy(update={"lora": None})
+    whole = first_step(with_batch(recipe, chunk_tokens=100_000), root, tmp_path / "a", monkeypatch)
+    chunked = first_step(with_batch(recipe, chunk_tokens=40), root, tmp_path / "b", monkeypatch)
+    unshared = first_step(recipe.model_copy(update={"shared_prefix": False}), root, tmp_path / "c", monkeypatch)
+    assert len(whole) > 5
+    scale = max(value.abs().max().item() for name, value in whole.items() if name != "loss")
+    for other in (chunked, unshared):
+        assert other.keys() == whole.keys()
+        assert other["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        for name in whole.keys() - {"loss"}:
+            torch.testing.assert_close(other[name], whole[name], atol=1e-5 * scale, rtol=0)
+
+
+def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
+    recipe = recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["train"]})})
+    folder = train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    model = SearchR3.from_pretrained(folder)
+    assert model.encode_documents(["a text"]).shape == (1, model.dimension)
+    assert model.manifest.parent is not None
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+    assert {"info_nce", "triplet", "sft", "kl", "anisotropy", "uniformity", "tokens_per_s"} <= logged[0].keys()
+    assert [line["step"] for line in lines if "dev_ndcg10" in line] == [0, 3, 6]
+
+
+def test_training_learns(recipe, root, tmp_path):
+    recipe = recipe.model_copy(update={"steps": 60, "log_every": 1, "learning_rate": 3e-3, "save_every": 1000})
+    train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(recipe, root, tmp_path, monkeypatch):
+    straight = train(prepare(recipe, root), root, tmp_path / "straight", progress=False)
+    original = SupervisedTrainer.compute_loss
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SupervisedTrainer, "compute_loss", dies)
+    run = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(recipe, root), root, run, progress=False)
+    monkeypatch.undo()
+    assert not (run / "model").exists()
+    half = run / "checkpoint-9"  # what a kill while saving leaves
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global')
+    resumed = train(prepare(recipe, root), root, run, resume=True, progress=False)
+    assert_equal(weights(straight), weights(resumed), 1e-6)
+    logs = [
+        [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        for folder in (tmp_path / "straight", run)
+    ]
+    losses = [{line["step"]: line["loss"] for line in log if "loss" in line} for log in logs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_two_processes_equal_one(recipe, root, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(with_batch(recipe, chunk_tokens=40).model_dump()))
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command += ["-m", "search_r3", "train", "sft", str(file), "--data", str(root)]
+        done = subprocess.run([*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
+
+
+def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
+    run = tmp_path / "run"
+    train(prepare(recipe, root), root, run, progress=False)
+    with pytest.raises(TrainingError, match="holds a run; go on with --resume"):
+        train(prepare(recipe, root), root, run)
+    changed = recipe.model_copy(update={"learning_rate": 0.5})
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.5"):
+        train(prepare(changed, root), root, run, resume=True)
+    corpus = root / "train" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("archive", "ARCHIVE"))
+    with pytest.raises(TrainingError, match="training data changed"):
+        train(prepare(recipe, root), root, run, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_path, monkeypatch):
+    from search_r3.train import trainer
+
+    original = trainer.info_nce
+    calls = []
+
+    def spoiled(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(trainer, "info_nce", spoiled)
+    with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*train:q"):
+        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    assert supervised._latest(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SupervisedTrainer, "_loss", full)
+    with pytest.raises(TrainingError, match=r"halve batch\.chunk_tokens \(now 256\)"):
+        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
