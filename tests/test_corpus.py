@@ -142,3 +142,33 @@ def test_queries_and_judgements_are_checked(tmp_path):
         read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td"))
     with pytest.raises(DataError, match=r"t\.tsv:2: score 'x' is not a whole number"):
         read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td\tx"))
+
+
+def test_what_would_lose_records_silently_is_an_error(tmp_path):
+    unclosed = tmp_path / "unclosed.csv"
+    unclosed.write_text('id,text\na,"foo\nb,bar\nc,baz\n')
+    with pytest.raises(DataError, match=r"unclosed\.csv:4: not a valid table"):
+        list(read_documents(unclosed))
+    twice = tmp_path / "twice.csv"
+    twice.write_text("id,text,text\na,one,two\n")
+    with pytest.raises(DataError, match="two columns are named 'text'"):
+        list(read_documents(twice))
+    number = tmp_path / "number.jsonl"
+    number.write_text('{"_id": "a", "text": "x", "score": NaN}\n')
+    with pytest.raises(DataError, match=r"number\.jsonl:1: broken JSON \(NaN is not JSON\)"):
+        list(read_documents(number))
+
+
+def test_quotes_in_tab_separated_text_are_characters(tmp_path):
+    table = tmp_path / "table.tsv"
+    table.write_text('id\ttext\na\t"foo\nb\tbar\n')
+    assert [document.text for document in read_documents(table)] == ['"foo', "bar"]
+
+
+def test_judgements_may_lack_a_header(tmp_path):
+    judgements = tmp_path / "test.tsv"
+    judgements.write_text("q1\td1\t1\nq2\td2\t0\n")
+    assert read_judgements(judgements) == {"q1": {"d1": 1}, "q2": {"d2": 0}}
+    judgements.write_text("query-id\tcorpus-id\tscore\nq2\td2\t99999999999999\n")
+    with pytest.raises(DataError, match=r"test\.tsv:2: score"):
+        read_judgements(judgements)

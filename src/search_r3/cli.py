@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -66,6 +67,12 @@ def main() -> None:
     except BrokenPipeError:  # `search-r3 ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: no space left on the device ({error})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
 
 
 @app.command()
@@ -108,7 +115,8 @@ def init(
         print_json(manifest.model_dump())
     else:
         out.print(
-            f"Wrote {folder}: {manifest.embed_token} has id {manifest.embed_token_id}. Try: search-r3 info {folder}"
+            f"Wrote {escape(str(folder))}: {manifest.embed_token} has id {manifest.embed_token_id}. "
+            f"Try: search-r3 info {escape(str(folder))}"
         )
 
 
@@ -187,14 +195,16 @@ def index(
         interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
     ):
         report = asdict(retriever.add(watched() if delete_missing else stream(), progress=None))
-        if delete_missing:
+        if delete_missing and bad:
+            err.print("[yellow]nothing was deleted:[/yellow] records were skipped, so what is missing is not known")
+        elif delete_missing:
             report["deleted"] = retriever.delete([name for name in retriever.store.ids() if name not in seen])
         report |= {"skipped": len(bad), "documents": len(retriever.store), "passages": retriever.store.passages}
     if json_:
         print_json(report)
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
-        out.print(f"Search it with: search-r3 search {folder}")
+        out.print(f"Search it with: search-r3 search {escape(str(folder))}")
 
 
 @app.command()
@@ -203,7 +213,7 @@ def search(
     query: Annotated[
         str | None, typer.Argument(help="Question; without it, asks interactively or reads lines from standard input.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Number of hits.", min=1)] = 5,
+    k: Annotated[int, typer.Option("-k", help="Number of hits.", min=1, max=10_000)] = 5,
     reason: Annotated[bool, typer.Option("--reason/--direct", help="Think before embedding, or embed at once.")] = True,
     fuse: Annotated[
         float | None, typer.Option(help="Mix: weight of the reasoned vector beside the direct one.", min=0, max=1)
@@ -268,7 +278,16 @@ def _queries(query: str | None) -> Iterator[str]:
                 return
             yield text
     else:
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        yield from (line.strip() for line in _lines() if line.strip())
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input, which must be UTF-8."""
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 (byte {error.object[error.start]:#x}); convert it") from None
 
 
 def _found_json(found: Found) -> dict[str, Any]:
@@ -320,9 +339,11 @@ def embed(
 
     Example:  search-r3 embed "tar packs files" "ls lists files" --npy vectors.npy
     """
-    given = texts or [line.rstrip("\n") for line in sys.stdin]
+    given = texts or list(_lines())
     if not given:
         raise DataError("no texts; give them as arguments or on standard input, one a line")
+    if npy is not None and (not npy.name or npy.is_dir() or not npy.parent.is_dir()):
+        raise DataError(f"--npy {npy}: must be a file in a folder that exists")
     model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
     if reason:
         reasoned = model.reason(given, progress=None)
@@ -394,6 +415,12 @@ def eval_(
     for path in output or []:
         if path.suffix not in (".json", ".md") or not path.parent.is_dir():
             raise DataError(f"--output {path}: must end in .json or .md, in a folder that exists")
+    for path in [*(output or []), *([details] if details else [])]:
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise DataError(f"{path}: cannot be written; name a file in a folder that exists and is yours")
+    names = [path.resolve().name for path in datasets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
     model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 
@@ -401,7 +428,7 @@ def eval_(
         scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
         for problem in result.skipped:
             err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
-        err.print(f"{result.name}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
+        err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
 
     with interruptible("document vectors are cached; the same command goes on"):
         results = evaluate(

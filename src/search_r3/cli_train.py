@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from search_r3.cli_common import Json, err, interruptible, load_model, out, print_json
 from search_r3.errors import DataError
@@ -49,7 +50,7 @@ def sft(
         prepared = prepare(recipe, data)
     if prepared.dropped.counts and not json_:
         for reason, count in prepared.dropped.counts.most_common():
-            err.print(f"left out: {count:,} ({reason}; e.g. {prepared.dropped.samples[reason][0]})")
+            err.print(f"left out: {count:,} ({escape(f'{reason}; e.g. {prepared.dropped.samples[reason][0]}')})")
     if dry_run:
         report = estimate(prepared)
         print_json(report) if json_ else out.print_json(data=report)
@@ -61,7 +62,7 @@ def sft(
     if json_:
         print_json({"model": str(folder)})
     else:
-        out.print(f"Wrote {folder}. Measure it with: search-r3 eval DATASET --checkpoint {folder}")
+        out.print(f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}")
 
 
 def mine(
@@ -116,4 +117,4 @@ def plot(
 
     image = output or run / "curves.png"
     draw(run, image)
-    out.print(f"Wrote {image}")
+    out.print(f"Wrote {escape(str(image))}")

@@ -10,13 +10,16 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from search_r3.errors import DataError, EmptyTextError
+from search_r3.files import given_path
 from search_r3.records import Document, Query
 
 Located = tuple[str, Mapping[str, Any]]
@@ -82,15 +85,15 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, int]]:
     """Relevance by query id and document id from a BEIR `.tsv` (query-id, corpus-id, score; one header line)."""
     judgements: dict[str, dict[str, int]] = {}
     with _open(Path(path)) as file:
-        for number, row in enumerate(csv.reader(_decoded(file, Path(path)), delimiter="\t"), 1):
-            if not row or number == 1:
+        for number, line in enumerate(_decoded(file, Path(path)), 1):
+            row = line.rstrip("\r\n").split("\t")
+            if row == [""] or (number == 1 and not re.fullmatch(r"-?\d+", row[-1])):  # the header
                 continue
             if len(row) != 3:
                 raise DataError(f"{path}:{number}: {len(row)} columns; need query-id, corpus-id and score")
-            try:
-                judgements.setdefault(row[0], {})[row[1]] = int(row[2])
-            except ValueError:
-                raise DataError(f"{path}:{number}: score {row[2]!r} is not a whole number") from None
+            if not re.fullmatch(r"-?\d{1,6}", row[2]):
+                raise DataError(f"{path}:{number}: score {row[2]!r} is not a whole number of at most six digits")
+            judgements.setdefault(row[0], {})[row[1]] = int(row[2])
     return judgements
 
 
@@ -98,7 +101,7 @@ def read_records(source: str | Path, on_bad: Callable[[DataError], None] | None 
     """(place, record) pairs of a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a folder, or `hf://owner/name#split`."""
     if str(source).startswith("hf://"):
         return _hub(str(source))
-    path = Path(source).expanduser()
+    path = given_path(source)
     if not path.exists():
         raise DataError(f"{source}: no such file or folder")
     if path.is_dir():
@@ -137,6 +140,7 @@ def _document(where: str, record: Mapping[str, Any], fields: Fields) -> Document
         metadata |= nested
     elif nested is not None:
         metadata["metadata"] = nested
+    _encodable(where, "metadata", json.dumps(metadata, ensure_ascii=False, default=str))
     return Document(name, text, title.strip(), metadata)
 
 
@@ -145,7 +149,7 @@ def _name(where: str, record: Mapping[str, Any], field: str | None) -> str:
     value = record.get(field)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value) == "":
         raise DataError(f"{where}: field {field!r} must be a non-empty string or whole number, got {value!r}")
-    return str(value)
+    return _encodable(where, field, str(value))
 
 
 def _first(where: str, record: Mapping[str, Any], names: Iterable[str], role: str) -> str:
@@ -164,11 +168,19 @@ def _string(where: str, record: Mapping[str, Any], field: str) -> str:
         raise DataError(
             f"{where}: field {field!r} must be text, got {type(value).__name__ if value is not None else 'nothing'}"
         )
+    return _encodable(where, field, value)
+
+
+def _encodable(where: str, field: str, value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"{where}: field {field!r} holds half of a surrogate pair, which is not text") from None
     return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -181,7 +193,7 @@ def _open(path: Path) -> IO[bytes]:
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from file
-    except (OSError, EOFError) as error:  # a truncated gzip, a vanished disk
+    except (OSError, EOFError, zlib.error) as error:  # a truncated gzip, a vanished disk
         raise DataError(f"{path}: cannot be read to its end ({error})") from error
 
 
@@ -202,7 +214,7 @@ def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[L
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
                 if not isinstance(record, dict):
                     raise DataError(f"{where}: a {type(record).__name__}; every line must be one JSON object")
             except UnicodeDecodeError as error:
@@ -223,11 +235,19 @@ def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[L
 def _table(path: Path, delimiter: str) -> Iterator[Located]:
     csv.field_size_limit(sys.maxsize)
     with _open(path) as file:
-        reader = csv.reader(_decoded(file, path), delimiter=delimiter)
+        # In tab-separated files a quote is an ordinary character, as everywhere in retrieval data.
+        lines = _decoded(file, path)
+        reader = (
+            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if delimiter == "\t"
+            else csv.reader(lines, strict=True)
+        )
         try:
             header = next(reader, None)
             if header is None:
                 raise DataError(f"{path}: empty; the first line must name the columns")
+            if twice := {name for name in header if header.count(name) > 1}:
+                raise DataError(f"{path}:1: two columns are named {min(twice)!r}; rename one")
             for row in reader:
                 if not row:
                     continue

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from search_r3.errors import DataError
+
 
 def cache_home() -> Path:
     """Folder for converted models and cached vectors: `$SEARCH_R3_HOME`, else `~/.cache/search-r3`."""
@@ -60,3 +62,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def given_path(text: str | Path) -> Path:
+    """A path as a user wrote it, `~` expanded. Raises DataError for what can be no path on this machine."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{str(text)[:80]}: not a usable path ({error})") from error
+    return path

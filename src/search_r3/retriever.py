@@ -16,7 +16,7 @@ from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
 from search_r3.index.lexical import LexicalIndex, reciprocal_rank_fusion
-from search_r3.index.store import Passage, Store, StoreManifest, content_hash
+from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
 from search_r3.model.reasoning import TextCallback
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting, split
@@ -127,6 +127,8 @@ class Retriever:
             return cls.create(
                 folder, model, splitting=splitting, max_tokens=max_tokens, dtype=dtype or "float32", kind=kind
             )
+        if not (Path(folder) / MANIFEST).exists():
+            raise StoreError(f"{folder}: exists and is not an index; choose another folder")
         retriever = cls.open(folder, model, kind)
         stored = retriever.store.manifest
         given = {"passage length": splitting, "max tokens": max_tokens, "dtype": dtype}

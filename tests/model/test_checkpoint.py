@@ -108,7 +108,7 @@ def damage_config(folder):
         (damage_manifest, r"search_r3.json: not a readable manifest"),
         (damage_field, r"search_r3.json: field dimension"),
         (damage_newer, r"format 99 is newer"),
-        (damage_config, r"no config.json"),
+        (damage_config, r"config.json: missing"),
     ],
 )
 def test_damage_is_one_line_that_names_the_file(checkpoint, tmp_path, damage, message):
@@ -142,7 +142,7 @@ def test_unknown_source(source):
 
 
 def test_hub_without_network_is_one_line():
-    with pytest.raises(CheckpointError, match="cannot fetch someone/model from the model hub") as caught:
+    with pytest.raises(CheckpointError, match="someone/model: no such folder, and it cannot be fetched") as caught:
         resolve("someone/model")
     assert "\n" not in str(caught.value)
 
@@ -186,7 +186,7 @@ def test_manifest_says_where_a_checkpoint_came_from(checkpoint, base_folder):
     manifest = read_manifest(checkpoint)
     assert manifest.parent.source == str(base_folder)
     assert manifest.embed_token == EMBED_TOKEN
-    assert set(manifest.files) == {"model.safetensors", "tokenizer.json"}
+    assert set(manifest.files) == {"config.json", "model.safetensors", "tokenizer.json"}
     assert set(manifest.versions) == {"search-r3", "transformers", "torch"}
 
 

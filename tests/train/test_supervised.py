@@ -116,7 +116,9 @@ def test_two_processes_equal_one(recipe, root, tmp_path):
     for count in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command += ["-m", "search_r3", "train", "sft", str(file), "--data", str(root)]
-        done = subprocess.run([*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
 

@@ -37,12 +37,13 @@ def score_queries(
 def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: int = 9999, seed: int = 0) -> float:
     """Two-sided p of the paired randomisation test: signs of the per-query differences are flipped at random.
 
-    Fisher's test as recommended for retrieval by Smucker et al. (2007). 1.0 when all differences are zero.
+    Fisher's test as recommended for retrieval by Smucker et al. (2007).
+    Returns 1.0 for fewer than two queries or when all differences are zero.
     """
     from scipy.stats import permutation_test
 
     differences = np.asarray(first) - np.asarray(second)
-    if not differences.any():
+    if len(differences) < 2 or not differences.any():
         return 1.0
     # Differences against zero: "samples" permutes within pairs, which flips signs.
     result = permutation_test(

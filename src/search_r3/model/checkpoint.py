@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from search_r3.errors import CheckpointError
-from search_r3.files import cache_home, new_folder, sha256_file, write_text
+from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_text
 from search_r3.model.prompts import Prompts, SystemPrompts, render_prompts
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Manifest(BaseModel):
     parent: Parent | None = None
     """The model this one was made from."""
     files: dict[str, str]
-    """SHA-256 of each weight and tokenizer file."""
+    """SHA-256 of each weight and tokenizer file and of config.json."""
     versions: dict[str, str]
     """Libraries that wrote the folder."""
     created: str
@@ -84,7 +84,7 @@ class Manifest(BaseModel):
 
     @property
     def weights_sha256(self) -> str:
-        """One hash over all weight and tokenizer files."""
+        """One hash over all files that decide what the model computes."""
         return _digest(self.files)
 
     @property
@@ -123,12 +123,12 @@ def resolve(source: str | Path) -> Path:
     """
     if str(source) in ("base", "default"):
         return _prepared_default()
-    folder = Path(source).expanduser()
+    folder = given_path(source)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{source} is a file; a checkpoint is a folder that holds {MANIFEST} or config.json")
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")) or folder.parent.is_dir():
         raise CheckpointError(
             f"{source}: no such folder; give a checkpoint folder, a hub name such as Qwen/Qwen2.5-1.5B-Instruct, "
             "or 'default'"
@@ -140,7 +140,9 @@ def resolve(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=allowed))
     except Exception as error:  # the hub raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot fetch {source} from the model hub ({reason}); is there a network?") from error
+        raise CheckpointError(
+            f"{source}: no such folder, and it cannot be fetched from the model hub ({reason})"
+        ) from error
 
 
 def _prepared_default() -> Path:
@@ -242,7 +244,7 @@ def describe(
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
-    files = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]
+    files = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json"), *folder.glob("config.json")]
     return {path.name: sha256_file(path) for path in sorted(files)}
 
 
@@ -289,6 +291,12 @@ def load(
         raise CheckpointError(
             f"{folder}: the tokenizer has no {token}; add it with: search-r3 init {folder} NEW_FOLDER "
             "(or name the model's own token with --embed-token)"
+        )
+    token_id = int(tokenizer.convert_tokens_to_ids(token))
+    if manifest is not None and (manifest.embed_token, manifest.embed_token_id) != (token, token_id):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: the embedding token is {manifest.embed_token} with id {manifest.embed_token_id}, "
+            f"not {token} with id {token_id}; leave out --embed-token, or restore the file"
         )
     if manifest is not None and prompts is None:
         return model, tokenizer, manifest

@@ -67,6 +67,9 @@ class Engine:
         if not texts:
             return []
         stripped = [text.strip() for text in texts]
+        for number, text in enumerate(stripped, 1):
+            if not _is_utf8(text):
+                raise DataError(f"text number {number} is not UTF-8; convert it")
         return list(self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def prefix_ids(self, act: ActName) -> list[int]:
@@ -144,3 +147,11 @@ class Engine:
                 self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
                 cached = self._prefixes[act] = (version, take_prefix(cache))
         return cached[1]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # undecodable bytes, kept by Python as lone surrogates
+        return False
+    return True

@@ -58,7 +58,10 @@ class SearchR3:
         compile: `torch.compile` the backbone; pays after minutes of encoding.
         Raises CheckpointError when the model cannot be found, trusted or run.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise CheckpointError(f"device {device}: {str(error).splitlines()[0]}") from error
         if dtype == "int8" and place.type != "cpu":
             raise CheckpointError("dtype int8 is for CPUs; on a GPU use bfloat16")
         if dtype == "auto":
