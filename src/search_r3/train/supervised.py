@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,20 @@ def prepare(recipe: Recipe, root: Path) -> Prepared:
 
 
 def train(
-    prepared: Prepared, root: Path, output: Path, *, resume: bool = False, change: bool = False, progress: bool = True
+    prepared: Prepared,
+    root: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    change: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Run, or resume, and write `output/model`, a plain checkpoint. Returns its path.
 
     output holds run.json (recipe, data fingerprint, what was dropped), metrics.jsonl and the checkpoints to resume
-    from. change: allow resuming with another recipe. Raises TrainingError for a run that cannot start or go on.
+    from. change: allow resuming with another recipe. callbacks: transformers' own kind, called after ours.
+    Raises TrainingError for a run that cannot start or go on.
     """
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -103,7 +112,7 @@ def train(
         recipe=recipe,
         engine=engine,
         reference=reference,
-        callbacks=[_Track(output / METRICS), test],
+        callbacks=[_Track(output / METRICS), test, *callbacks],
     )
     test.log = trainer.log
     trainer.train(resume_from_checkpoint=str(last) if last else None)
