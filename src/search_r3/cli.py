@@ -34,7 +34,7 @@ from search_r3.cli_common import (
     out,
     print_json,
 )  # fmt: skip
-from search_r3.cli_train import mine, plot, train
+from search_r3.cli_train import bootstrap, mine, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
@@ -559,4 +559,5 @@ def doctor(json_: Json = False) -> None:
 
 app.add_typer(train, name="train")
 app.command()(mine)
+app.command()(bootstrap)
 app.command()(plot)

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from search_r3.cli_common import Json, err, interruptible, load_model, out, print_json
+from search_r3.cli_common import (
+    Arithmetic,
+    Checkpoint,
+    Device,
+    Json,
+    Precision,
+    err,
+    interruptible,
+    load_model,
+    out,
+    print_json,
+)
 from search_r3.errors import DataError
 
 Data = Annotated[Path, typer.Option(help="Folder that the recipe's data sets lie in.")]
@@ -100,6 +111,39 @@ def mine(
         "positive_first": sum(rank == 1 for rank in ranks) / max(len(records), 1),
         "positive_beyond_depth": 1 - len(ranks) / max(len(records), 1),
     }
+    print_json(report) if json_ else out.print_json(data=report)
+
+
+def bootstrap(
+    dataset: Annotated[Path, typer.Argument(help="BEIR folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; gone on with where it exists.")],
+    checkpoint: Checkpoint = "default",
+    precision: Arithmetic = Precision.auto,
+    device: Device = None,
+    split: Annotated[str, typer.Option(help="Which judgements.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
+    samples: Annotated[int, typer.Option(help="Enrichments of each query.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.", min=0.01)] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one.", min=1)] = 48,
+    seed: Annotated[int, typer.Option(help="Same seed, same enrichments.")] = 0,
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="Keep the best one even where it does not help.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Let the model find reasonings that help it: sample several, keep the one that ranks the answer best.
+
+    Example:  search-r3 bootstrap data/tldr -o data/tldr/thoughts.jsonl --limit 500
+    """
+    if not output.parent.is_dir():
+        raise DataError(f"--output {output}: its folder does not exist")
+    model = load_model(checkpoint, precision, device)
+    from search_r3.train.bootstrap import Sampling
+    from search_r3.train.bootstrap import bootstrap as sample
+
+    how = Sampling(samples, temperature, max_new_tokens, seed, not keep_all)
+    with interruptible(f"what was found is in {output}; the same command goes on"):
+        report = sample(model, dataset, output, how, split=split, limit=limit)
     print_json(report) if json_ else out.print_json(data=report)
 
 

@@ -236,9 +236,11 @@ def read_negatives(path: Path) -> dict[str, list[str]]:
 def _thoughts(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for where, record in read_records(path):
-        if not isinstance(record.get("query_id"), str) or not isinstance(record.get("thought"), str):
-            raise DataError(f"{where}: needs 'query_id' and 'thought', both texts")
-        found[record["query_id"]] = record["thought"]
+        thought = record.get("thought", 0)
+        if not isinstance(record.get("query_id"), str) or not (thought is None or isinstance(thought, str)):
+            raise DataError(f"{where}: needs 'query_id' and 'thought', a text or null")
+        if thought:
+            found[record["query_id"]] = thought
     return found
 
 

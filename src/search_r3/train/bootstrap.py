@@ -1,0 +1,126 @@
+"""Cold start of reasoning: the model's own enrichments, kept where they help (rejection sampling). (ours)
+
+For each training query several enrichments are sampled; the one whose embedding ranks the query's document best is
+kept, and stage 1 learns to write such. No teacher model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search_r3.errors import DataError
+from search_r3.evaluate.collection import load_collection
+from search_r3.model.search_r3 import SearchR3
+from search_r3.progress import Meter
+from search_r3.train.data import dump
+
+BLOCK = 16  # queries sampled, ranked and written at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How enrichments are drawn."""
+
+    samples: int = 4
+    """Enrichments of each query."""
+    temperature: float = 0.8
+    """Of the sampling."""
+    max_new_tokens: int = 48
+    """Most tokens of one."""
+    seed: int = 0
+    """Same seed, same enrichments."""
+    only_better: bool = True
+    """Leave out queries whose best enrichment ranks the document no better than no reasoning does."""
+
+
+def bootstrap(
+    model: SearchR3,
+    folder: Path,
+    output: Path,
+    how: Sampling,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Append a record `{"query_id", "thought", "rank", "direct_rank", "ranks"}` a query to a JSONL file.
+
+    Ranks are of the best relevant document within the whole corpus; `thought` is null where nothing is kept. A file
+    that holds records is gone on with: what an interruption left is not done again. Returns counts and mean ranks.
+    """
+    collection = load_collection(folder, split, limit)
+    done = _done(output)
+    todo = [query for query in collection.queries if query.id not in done]
+    rows = {document.id: row for row, document in enumerate(collection.documents)}
+    if todo:
+        documents = model.encode_documents(collection.documents, progress=progress)
+    with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
+        for start in range(0, len(todo), BLOCK):
+            block = todo[start : start + BLOCK]
+            texts = [query.text for query in block]
+            direct = model.encode_queries(texts)
+            reasoned = model.reason(
+                texts,
+                max_new_tokens=how.max_new_tokens,
+                temperature=how.temperature,
+                seed=how.seed + start + len(done),
+                samples=how.samples,
+            )
+            for number, query in enumerate(block):
+                mine = reasoned[number * how.samples : (number + 1) * how.samples]
+                judged = collection.judgements[query.id]
+                relevant = [rows[name] for name, score in judged.items() if score > 0 and name in rows]
+                if not relevant:
+                    continue
+                vectors = np.stack([direct[number], *(sample.vector for sample in mine)])
+                before, *ranks = _ranks(vectors, documents, relevant)
+                best = int(np.argmin(ranks))
+                kept = mine[best].text.strip() if ranks[best] < before or not how.only_better else None
+                record = {"query_id": query.id, "thought": kept or None, "rank": ranks[best], "direct_rank": before}
+                file.write(dump(record | {"ranks": ranks}))
+            file.flush()
+            meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
+    records = list(_done(output).values())
+    return {
+        "queries": len(records),
+        "kept": sum(record["thought"] is not None for record in records),
+        "mean_reciprocal_rank": _mean_reciprocal(records, "rank"),
+        "mean_reciprocal_rank_direct": _mean_reciprocal(records, "direct_rank"),
+    }
+
+
+def _ranks(vectors: np.ndarray, documents: np.ndarray, relevant: list[int]) -> list[int]:
+    """Rank of the best relevant row for each vector, 1 is best; equal scores count against it."""
+    scores = vectors @ documents.T  # (S, N)
+    best = scores[:, relevant].max(axis=1, keepdims=True)
+    return [int(rank) for rank in np.maximum(1, (scores >= best).sum(axis=1))]
+
+
+def _mean_reciprocal(records: list[dict[str, Any]], field: str) -> float:
+    return sum(1 / record[field] for record in records) / max(len(records), 1)
+
+
+def _done(output: Path) -> dict[str, dict[str, Any]]:
+    """Records of an earlier run; a last line cut short by a kill is dropped from the file."""
+    if not output.exists():
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    whole = 0
+    with output.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                found[record["query_id"]] = {name: record[name] for name in ("thought", "rank", "direct_rank")}
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise DataError(f"{output}:{number}: not a record of an earlier bootstrap; give a new file") from error
+            whole += len(line)
+    with output.open("r+b") as file:
+        file.truncate(whole)
+    return found

@@ -1,0 +1,127 @@
+import json
+from collections import Counter
+
+import pytest
+
+from search_r3.errors import DataError, TrainingError
+from search_r3.train.config import read_recipe
+from search_r3.train.data import load_examples, plan
+from tests.train.conftest import RECIPE, write_set
+
+
+def recipe_for(*overrides):
+    return read_recipe(RECIPE, ["sources=[{path: train}]", *overrides])
+
+
+def test_beir_negatives_and_thoughts(root, recipe):
+    (examples,), dropped = load_examples(recipe, root)
+    assert not dropped.counts
+    assert len(examples) == 20
+    first = next(example for example in examples if example.id == "q0")
+    assert [passage.id for passage in first.negatives] == ["d6", "d1"]
+    assert first.relevant == {"d0"}
+    assert first.thought == "files and folders, 0"
+    assert next(example for example in examples if example.id == "q1").thought is None
+
+
+def test_triplets_under_the_names_of_the_field(root):
+    records = [
+        {"anchor": "a", "positive": "p", "negative": "n"},
+        {"query": "b", "positives": ["p1", "p2"], "negatives": ["n1", "n2"], "thought": "t"},
+    ]
+    (root / "triplets.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (examples,), _ = load_examples(recipe_for("sources=[{path: triplets.jsonl}]"), root)
+    assert [(e.query, e.positive.text, [n.text for n in e.negatives]) for e in examples] == [
+        ("a", "p", ["n"]),
+        ("b", "p1", ["n1", "n2"]),
+        ("b", "p2", ["n1", "n2"]),
+    ]
+    assert examples[1].positive.id in examples[2].relevant
+    assert examples[2].thought == "t"
+
+
+def test_what_held_out_sets_hold_is_dropped(root):
+    write_set(root / "held", 4)  # same queries and documents as the first four
+    queries = root / "held" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace(" 0", "-0!").upper().replace("_ID", "_id").replace("TEXT", "text"))
+    text = queries.read_text().replace('"Q', '"q')
+    queries.write_text(text)
+    (examples,), dropped = load_examples(recipe_for("held_out=[held]"), root)
+    assert {example.id for example in examples} == {f"q{n}" for n in range(4, 20)}
+    assert sum(dropped.counts.values()) == 4
+    assert dropped.counts["query is in held"] >= 1  # found though case and punctuation differ
+
+
+def test_duplicates_are_dropped(root):
+    record = json.dumps({"query": "a", "positive": "p"}) + "\n"
+    (root / "twice.jsonl").write_text(record + record)
+    (examples,), dropped = load_examples(recipe_for("sources=[{path: twice.jsonl}]"), root)
+    assert len(examples) == 1
+    assert dropped.counts == Counter({"duplicate": 1})
+
+
+def test_queries_without_a_usable_positive_are_dropped_and_named(root):
+    qrels = root / "train" / "qrels" / "train.tsv"
+    qrels.write_text(qrels.read_text().replace("q3\td3\t1", "q3\td3\t0").replace("q5\td5", "q5\tgone"))
+    (examples,), dropped = load_examples(recipe_for(), root)
+    assert len(examples) == 18
+    assert dropped.counts == Counter({"query without a positive": 1, "positive missing from the corpus": 1})
+    assert dropped.samples["positive missing from the corpus"] == ["train:q5"]
+
+
+@pytest.mark.parametrize(
+    ("negatives", "message"),
+    [
+        ('{"query_id": "q0", "negatives": ["d0"]}', "document 'd0' is a negative of query 'q0', but .* is relevant"),
+        ('{"query_id": "q0", "negatives": ["nowhere"]}', "document 'nowhere' is not in"),
+        ('{"query_id": "q0"}', r"bad\.jsonl:1: needs 'query_id' and 'negatives'"),
+    ],
+)
+def test_impossible_negatives_are_errors(root, negatives, message):
+    (root / "bad.jsonl").write_text(negatives + "\n")
+    with pytest.raises(DataError, match=message):
+        load_examples(recipe_for("sources=[{path: train, negatives: bad.jsonl}]"), root)
+
+
+def test_a_text_that_is_positive_and_negative_is_an_error(root):
+    (root / "both.jsonl").write_text(json.dumps({"query": "a", "positive": "p", "negative": "p"}) + "\n")
+    with pytest.raises(DataError, match=r"both\.jsonl:1: 'p' is both a positive and a negative"):
+        load_examples(recipe_for("sources=[{path: both.jsonl}]"), root)
+
+
+def test_steps_are_of_one_source_by_weight_and_pass_through_it(root):
+    write_set(root / "other", 6)
+    recipe = recipe_for("sources=[{path: train, weight: 3}, {path: other}]", "steps=200", "batch.queries=2")
+    examples, _ = load_examples(recipe, root)
+    order = plan(examples, recipe)
+    assert len(order) == 400
+    steps = [order[n : n + 2] for n in range(0, 400, 2)]
+    assert all(one.source == two.source for one, two in steps)
+    share = sum(step[0].source == "train" for step in steps) / 200
+    assert 0.65 < share < 0.85
+    first_pass = [example.id for example in order if example.source == "train"][:20]
+    assert len(set(first_pass)) == 20
+    assert order == plan(examples, recipe)
+
+
+def test_recipes_are_strict(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("sources: [{path: a}]\nsteps: 3\nbatch: {querys: 4}\n")
+    with pytest.raises(TrainingError, match=r"r\.yaml: batch\.querys: no such key; did you mean queries\?"):
+        read_recipe(file)
+    file.write_text("sources: [{path: a, wieght: 1}]\nsteps: 3\n")
+    with pytest.raises(TrainingError, match=r"sources\.0\.wieght: no such key; did you mean weight\?"):
+        read_recipe(file)
+    file.write_text("sources: [{path: a}]\nsteps: 3\nloss: {info_nce: 0, triplet: 0, sft: 0}\n")
+    with pytest.raises(TrainingError, match="nothing would be learned"):
+        read_recipe(file)
+    file.write_text("a: [")
+    with pytest.raises(TrainingError, match="not valid YAML"):
+        read_recipe(file)
+    with pytest.raises(TrainingError, match="write key=value"):
+        read_recipe(RECIPE, ["steps"])
+
+
+def test_all_recipes_of_the_project_are_valid():
+    for path in RECIPE.parent.glob("*.yaml"):
+        assert read_recipe(path).steps > 0

@@ -1,0 +1,53 @@
+import json
+
+import numpy as np
+
+from search_r3.train.bootstrap import Sampling, bootstrap
+from search_r3.train.mining import Mining, lexical_search, mine, model_search
+from tests.train.conftest import write_set
+
+
+def by_hand(texts):
+    """One ranking for every query: rows 0, 1, 2, ... with falling scores."""
+
+    def search(queries, k):
+        scores = np.tile(np.linspace(1, 0.1, len(texts), dtype=np.float32)[:k], (len(queries), 1))
+        return scores, np.tile(np.arange(k), (len(queries), 1))
+
+    return search
+
+
+def test_near_positives_and_positives_are_passed_over(root):
+    records = {r["query_id"]: r for r in mine(root / "train", "train", Mining(3, 20, 0, 0.9), by_hand, False)}
+    # q4's positive is row 4; rows 0-3 score higher, row 5 within 90% of it.
+    scores = np.linspace(1, 0.1, 20)
+    first = int(np.argmax(scores <= 0.9 * scores[4]))
+    assert records["q4"] == {"query_id": "q4", "negatives": [f"d{first + n}" for n in range(3)], "rank": 5}
+    everything = {r["query_id"]: r for r in mine(root / "train", "train", Mining(2, 20, 1, 0), by_hand, False)}
+    assert everything["q4"]["negatives"] == ["d1", "d2"]
+    assert everything["q1"]["negatives"] == ["d2", "d3"]
+
+
+def test_bm25_and_a_model_can_search(root, model):
+    for searcher in (lexical_search, model_search(model)):
+        records = list(mine(root / "train", "train", Mining(), searcher, False))
+        assert len(records) == 20
+        assert all(record["query_id"][1:] != name[1:] for record in records for name in record["negatives"])
+
+
+def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
+    folder = write_set(tmp_path / "set", 6)
+    output = tmp_path / "thoughts.jsonl"
+    how = Sampling(samples=3, max_new_tokens=6)
+    bootstrap(model, folder, output, how, limit=3, progress=False)
+    first = output.read_text()
+    assert len(first.splitlines()) == 3
+    output.write_text(first + '{"query_id": "q')  # killed while writing
+    report = bootstrap(model, folder, output, how, progress=False)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert output.read_text().startswith(first)
+    assert [record["query_id"] for record in records] == [f"q{n}" for n in range(6)]
+    assert report["queries"] == 6
+    for record in records:
+        assert record["rank"] == min(record["ranks"])
+        assert (record["thought"] is None) or record["rank"] < record["direct_rank"]
