@@ -87,7 +87,8 @@ class Retriever:
         """A new, empty index. max_tokens: cut passages at this length; default: the checkpoint's."""
         splitting = splitting or Splitting()
         manifest = StoreManifest(
-            checkpoint=model.source,
+            # A folder is found again from wherever the index is used.
+            checkpoint=str(Path(model.source).resolve()) if Path(model.source).is_dir() else model.source,
             fingerprint=model.fingerprint,
             dimension=model.dimension,
             dtype=dtype,

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -205,3 +206,23 @@ def test_killed_at_any_instant_it_opens_and_holds_every_acknowledged_batch(store
             acknowledged = len(again)
             for row, passage in again.scan():
                 assert again.vectors[row, 0] == int(passage.document.id)
+
+
+@pytest.mark.parametrize("table", ["passages", "documents", "state"])
+def test_records_that_are_gone_are_found_on_opening(store, table):
+    put(store, "a", "b")
+    store.close()
+    with sqlite3.connect(store.folder / "records.sqlite") as database:
+        database.execute(f"DELETE FROM {table}")
+    database.close()
+    with pytest.raises(StoreError, match=r"records\.sqlite: records are missing; index again"):
+        Store.open(store.folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("dimension", -1), ("passage_tokens", -1), ("passage_overlap", 9)])
+def test_impossible_manifests_are_named(store, field, value):
+    store.close()
+    path = store.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"passage_tokens": 9} | {field: value}))
+    with pytest.raises(StoreError, match=rf"manifest\.json: field {field}"):
+        Store.open(store.folder)

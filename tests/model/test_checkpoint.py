@@ -11,6 +11,7 @@ from search_r3.errors import CheckpointError
 from search_r3.model import checkpoint as module
 from search_r3.model.checkpoint import EMBED_TOKEN, initialise, read_manifest, resolve
 from search_r3.model.prompts import SystemPrompts
+from search_r3.retriever import Retriever
 from tests.conftest import TEXTS, build_base
 
 
@@ -197,3 +198,24 @@ def test_changed_weights_change_the_fingerprint(checkpoint, tmp_path, model):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "search_r3.json").unlink()
     assert SearchR3.from_pretrained(folder).fingerprint != model.fingerprint
+
+
+def test_a_chat_template_that_hides_the_user_is_refused(base_folder, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(base_folder, copy)
+    for template, message in (("hello", "does not show the user's message"), ("{% if", "cannot be used")):
+        (copy / "chat_template.jinja").write_text(template)
+        with pytest.raises(CheckpointError, match=message):
+            initialise(copy, tmp_path / "out")
+
+
+def test_an_index_names_its_checkpoint_by_its_full_path(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    model = SearchR3.from_pretrained(checkpoint.name)
+    with Retriever.create(tmp_path / "index", model) as retriever:
+        assert retriever.store.manifest.checkpoint == str(checkpoint.resolve())
+
+
+def test_another_embedding_token_than_the_manifests_is_refused(checkpoint):
+    with pytest.raises(CheckpointError, match=r"the embedding token is <\|embed_token\|> .* not <\|im_end\|>"):
+        SearchR3.from_pretrained(checkpoint, embed_token="<|im_end|>")

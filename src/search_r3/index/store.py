@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search_r3.errors import StoreError
 from search_r3.files import new_folder, write_text
@@ -57,15 +57,15 @@ class StoreManifest(BaseModel):
     """Source of the model, for people and for reopening."""
     fingerprint: str
     """The model's embedding space (`Manifest.fingerprint`)."""
-    dimension: int
+    dimension: int = Field(ge=1)
     """Width of a vector."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored precision; scores are float32 either way."""
-    passage_tokens: int
+    passage_tokens: int = Field(ge=0)
     """See `Splitting`."""
-    passage_overlap: int
+    passage_overlap: int = Field(ge=0)
     """See `Splitting`."""
-    max_tokens: int
+    max_tokens: int = Field(ge=1)
     """Tokens beyond this in a passage (title included) were cut."""
 
     @property
@@ -149,12 +149,14 @@ class Store:
             if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
                 raise StoreError(f"{path}: format {raw['format']} is newer than this search-r3 reads; upgrade it")
             manifest = StoreManifest.model_validate(raw)
+            if manifest.passage_tokens and manifest.passage_overlap >= manifest.passage_tokens:
+                raise StoreError(f"{path}: field passage_overlap: must be less than passage_tokens; index again")
         except ValidationError as error:
             first = error.errors()[0]
             raise StoreError(
                 f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}; index again"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{path}: not a readable manifest ({error}); index again") from error
         if not (folder / "records.sqlite").is_file():
             raise StoreError(f"{folder}/records.sqlite: missing; index again into a new folder")
@@ -176,7 +178,10 @@ class Store:
     def refresh(self, verify: bool = False) -> None:
         """See what has been committed since the last look, by this process or another."""
         with self._errors():
-            file, self.rows, self.generation = self._db.execute("SELECT file, rows, generation FROM state").fetchone()
+            state = self._db.execute("SELECT file, rows, generation FROM state").fetchone()
+            if state is None or (verify and self._lost_records()):
+                raise StoreError(f"{self.folder}/records.sqlite: records are missing; index again into a new folder")
+            file, self.rows, self.generation = state
             self._path = self.folder / file
             size = self._path.stat().st_size if self._path.exists() else -1
             if size < self.rows * self._stride:
@@ -190,6 +195,14 @@ class Store:
             self.alive = np.zeros(self.rows, dtype=bool)
             alive = self._db.execute("SELECT row FROM passages WHERE row < ?", (self.rows,))
             self.alive[np.fromiter((row for (row,) in alive), dtype=np.int64)] = True
+
+    def _lost_records(self) -> int:
+        """Documents without a passage and passages without a document: every document has at least one."""
+        query = (
+            "SELECT (SELECT count(*) FROM documents WHERE id NOT IN (SELECT document FROM passages))"
+            " + (SELECT count(*) FROM passages WHERE document NOT IN (SELECT id FROM documents))"
+        )
+        return int(self._db.execute(query).fetchone()[0])
 
     def _map(self) -> None:
         shape = (self.rows, self.manifest.dimension)
@@ -420,4 +433,7 @@ class Store:
 
 def _passage(record: tuple[Any, ...]) -> Passage:
     _, name, text, title, metadata, start, stop = record
-    return Passage(Document(name, text, title, json.loads(metadata)), start, stop)
+    try:
+        return Passage(Document(name, text, title, json.loads(metadata)), start, stop)
+    except ValueError as error:
+        raise StoreError(f"records.sqlite: the record of document {name!r} is damaged; index again") from error

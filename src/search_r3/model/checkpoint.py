@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 
 from search_r3.errors import CheckpointError
 from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_text
@@ -37,11 +38,11 @@ class MaxTokens(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    document: int = 512
+    document: int = Field(default=512, ge=1)
     """A document's (or passage's) tokens beyond this are cut."""
-    query: int = 256
+    query: int = Field(default=256, ge=1)
     """A query's tokens beyond this are cut."""
-    reasoning: int = 64
+    reasoning: int = Field(default=64, ge=1)
     """Most tokens the model may think, embedding token included."""
 
 
@@ -150,7 +151,10 @@ def _prepared_default() -> Path:
 
     folder = cache_home() / "models" / f"{NAME}-{FORMAT}"
     if not folder.exists():
-        model, tokenizer = load_default_base()
+        try:
+            model, tokenizer = load_default_base()
+        except OSError as error:
+            raise CheckpointError(f"cannot convert the default model: {error}; is the disk full?") from error
         _add_embed_token(model, tokenizer)
         parent = Parent(source=NAME, weights_sha256=WHEEL_SHA256)
         try:
@@ -213,7 +217,10 @@ def save(
     """Write a whole checkpoint folder at once (safetensors weights, tokenizer, manifest) and return its manifest."""
     with new_folder(folder) as temporary:
         with quiet():
-            model.save_pretrained(temporary)
+            try:
+                model.save_pretrained(temporary)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(f"weights cannot be written: {error}") from error
             tokenizer.save_pretrained(temporary)
         manifest = describe(temporary, model, tokenizer, prompts, embed_token, max_tokens or MaxTokens(), parent)
         write_text(temporary / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search_r3.errors import CheckpointError
 
@@ -27,7 +27,7 @@ class Act(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefix: str
+    prefix: str = Field(min_length=1)
     """Everything before the user's text: identical in every turn, so its key-value cache is shared."""
     suffix: str
     """Everything between the user's text and what the model writes (reason) or the embedding token (embed)."""
@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> Prompts | SystemPrompts:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
 
 
@@ -105,6 +105,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
     try:
         text = apply([{"role": "system", "content": system}, {"role": "user", "content": _MARK}])
     except TemplateError:  # templates without a system role (Gemma) say so by raising
-        text = apply([{"role": "user", "content": f"{system}\n\n{_MARK}"}])
-    before, after = text.split(_MARK)
+        try:
+            text = apply([{"role": "user", "content": f"{system}\n\n{_MARK}"}])
+        except TemplateError as error:
+            raise CheckpointError(f"the tokenizer's chat template cannot be used: {error}") from error
+    before, mark, after = text.partition(_MARK)
+    if not mark or not before:
+        raise CheckpointError("the tokenizer's chat template does not show the user's message; mend its chat_template")
     return before, after

@@ -102,7 +102,7 @@ def _ranks(vectors: np.ndarray, documents: np.ndarray, relevant: list[int]) -> l
 
 
 def _mean_reciprocal(records: list[dict[str, Any]], field: str) -> float:
-    return sum(1 / record[field] for record in records) / max(len(records), 1)
+    return float(sum(1 / record[field] for record in records)) / max(len(records), 1)
 
 
 def _done(output: Path) -> dict[str, dict[str, Any]]:
