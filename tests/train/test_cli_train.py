@@ -1,0 +1,55 @@
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from search_r3.cli import app
+from search_r3.errors import DataError, TrainingError
+from search_r3.train.config import read_recipe
+from tests.train.conftest import RECIPE
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def recipe_file(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump()))
+    return path
+
+
+def test_dry_run_counts_and_trains_nothing(recipe_file, recipe, root, tmp_path):
+    result = run("train", "sft", recipe_file, "--data", root, "-o", tmp_path / "run", "--dry-run", "--json")
+    report = json.loads(result.stdout)
+    assert report["examples"] == {"train": 20}
+    assert report["recipe"] == json.loads(recipe.model_dump_json())
+    assert report["tokens"] > 6 * 4 * 10
+    assert report["trained_parameters"] < report["parameters"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_plot_and_refusals(recipe_file, root, tmp_path):
+    output = tmp_path / "run"
+    result = run("train", "sft", recipe_file, "--data", root, "-o", output, "--set", "steps=2", "--json")
+    assert json.loads(result.stdout.splitlines()[-1]) == {"model": str(output / "model")}
+    run("plot", output)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(TrainingError, match="holds a run"):
+        run("train", "sft", recipe_file, "--data", root, "-o", output)
+    with pytest.raises(TrainingError, match="no readable log"):
+        run("plot", tmp_path)
+
+
+def test_mine(root, tmp_path):
+    output = tmp_path / "mined.jsonl"
+    report = json.loads(run("mine", root / "train", "-o", output, "--json").stdout)
+    assert report["queries"] == len(output.read_text().splitlines()) == 20
+    read_recipe(RECIPE)
+    with pytest.raises(DataError, match="folder does not exist"):
+        run("mine", root / "train", "-o", tmp_path / "nowhere" / "mined.jsonl")
