@@ -59,7 +59,7 @@ def peak(checkpoint: Path, corpus: Path, index: Path) -> int:
 
 
 def main() -> None:
-    args = arguments(__doc__, documents=(6000, "documents"), words=(1200, "words of a document"))
+    args = arguments(__doc__, documents=(18_000, "documents"), words=(1200, "words of a document"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkpoint = tiny_checkpoint(folder)
