@@ -62,7 +62,7 @@ def test_chunks_and_sharing_the_prefix_change_no_gradient(recipe, root, tmp_path
 
 
 def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
-    recipe = recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["train"]})})
+    recipe = recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["train"], "every": 3})})
     folder = train(prepare(recipe, root), root, tmp_path / "run", progress=False)
     model = SearchR3.from_pretrained(folder)
     assert model.encode_documents(["a text"]).shape == (1, model.dimension)
