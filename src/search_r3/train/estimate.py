@@ -7,7 +7,7 @@ from typing import Any
 from search_r3.model.checkpoint import resolve
 from search_r3.train.supervised import Prepared
 
-CPU_FLOPS = 150e9  # float32, two AVX-512 cores: what this code reaches
+CPU_FLOPS = 80e9  # float32, two AVX-512 cores: what a whole training step reached
 GPU_FLOPS = 200e12  # bfloat16, one H100, at a usual share of its peak
 
 
