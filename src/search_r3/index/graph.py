@@ -13,7 +13,7 @@ import numpy as np
 
 from search_r3.errors import StoreError
 
-CONNECTIVITY = 16  # neighbours a node; 32 found no more at 576 dimensions and took half as long again
+CONNECTIVITY = 16  # neighbours a node; 32 found no more at 576 dimensions and took a third longer to build
 EXPANSION_ADD = 128
 EXPANSION_SEARCH = 48  # nodes kept in view; raised to the number of rows asked for
 BLOCK_BYTES = 64 << 20  # of proposed rows ranked at once

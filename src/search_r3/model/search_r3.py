@@ -191,7 +191,7 @@ class SearchR3:
 def _quantise(model: torch.nn.Module) -> None:
     """8-bit linear weights (one scale a row) with activations quantised on the fly; changes the model.
 
-    The MLP's last projection stays in float32: a few of its inputs are hundreds of times larger than the rest, and one
+    The MLP's last projection stays in float32: a few of its inputs are far larger than the rest, and one
     scale for all of them would lose the others.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
