@@ -79,10 +79,6 @@ def run_demo(model: SearchR3, out: Console | None, show_hits: Callable[[str, lis
     seconds = time.perf_counter() - started
     if out:
         out.print(rich_table(report))
-        if model.manifest.parent is not None and model.source == "default":
-            out.print(
-                "This model has only been given its embedding token; it has not been trained to embed yet.", style="dim"
-            )
         out.print(f"\nAll of it took {seconds:.0f} s. Now try your own files:")
         out.print("    search-r3 index FOLDER my-index\n    search-r3 search my-index")
     scores = {mode: values["nDCG@10"] for mode, values in report["average"].items()}

@@ -173,6 +173,41 @@ def test_lora_adapter_loads_on_top_of_its_checkpoint(checkpoint, tmp_path):
     np.testing.assert_allclose(merged.encode_documents(TEXTS), expected, atol=1e-5)
 
 
+def test_default_is_the_base_with_the_shipped_adapter_merged_once(base_folder, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from search_r3.model import default
+
+    def embedded():
+        return AutoModelForCausalLM.from_pretrained(base_folder), AutoTokenizer.from_pretrained(base_folder)
+
+    monkeypatch.setattr(default, "load_default_base", embedded)
+    monkeypatch.setattr(default, "ADAPTER", tmp_path / "adapter")
+    base = SearchR3.from_pretrained("base")
+    plain = base.encode_documents(TEXTS)
+    tuned = get_peft_model(base.engine.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    tuned.peft_config["default"].base_model_name_or_path = "base"
+    expected = base.encode_documents(TEXTS)
+    tuned.save_pretrained(tmp_path / "adapter")
+    trained = SearchR3.from_pretrained("default")
+    np.testing.assert_allclose(trained.encode_documents(TEXTS), expected, atol=1e-5)
+    assert np.abs(expected - plain).max() > 1e-2
+    assert trained.manifest.parent.source == "base"
+    assert trained.fingerprint != SearchR3.from_pretrained("base").fingerprint
+    monkeypatch.setattr(default, "load_default_base", None)  # neither is made again
+    assert SearchR3.from_pretrained("default").fingerprint == trained.fingerprint
+
+
+def test_the_shipped_adapter_is_small_safe_and_names_its_base():
+    from search_r3.model.default import ADAPTER
+
+    weights = load_file(ADAPTER / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert (ADAPTER / "adapter_model.safetensors").stat().st_size < 16 << 20
+    assert json.loads((ADAPTER / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
 def test_a_folder_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")

