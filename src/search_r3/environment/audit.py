@@ -1,0 +1,142 @@
+"""How far the stored index is from the truth, estimated without encoding the corpus; and what to do about it.
+
+The documents near the top of each audited rollout are all encoded again, the rest of the corpus is sampled, and every
+sampled document stands for as many as were left out (a stratified Horvitz-Thompson estimate of each true rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from search_r3.environment.outcome import Outcome
+
+RESAMPLES = 2000
+Reward = Callable[[Outcome], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and its confidence interval."""
+
+    mean: float
+    """The estimate."""
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Stored against fresh, on the last step's rollouts. Intervals are of 95%."""
+
+    model_step: int
+    """Of the weights that the audit encoded with."""
+    cosine: Interval
+    """Of stored with fresh vectors, over the corpus."""
+    reward_error: Interval
+    """|reward given - reward on a fresh index|, over the audited queries."""
+    spearman: float
+    """Mean rank correlation of given and fresh rewards inside groups; nan where no group has a spread."""
+    recall_10: float
+    """Share of the fresh top 10 that is in the stored top 10."""
+    recall_100: float
+    """The same of the top 100."""
+    documents: int
+    """Encoded for this audit."""
+
+
+def interval(values: np.ndarray, rng: np.random.Generator, level: float = 0.95) -> Interval:
+    """Mean of independent values with a studentised bootstrap interval, which allows for skew.
+
+    values: (n,). Fewer than two values give an unbounded interval.
+    """
+    values = np.asarray(values, float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, -np.inf, np.inf)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    drawn = values[rng.integers(0, len(values), (RESAMPLES, len(values)))]
+    spread = drawn.std(axis=1, ddof=1) / np.sqrt(len(values))
+    usable = spread > 0
+    if error == 0 or usable.sum() < RESAMPLES / 2:
+        return Interval(mean, float(drawn.mean(axis=1).min()), float(drawn.mean(axis=1).max()))
+    pivots = (drawn.mean(axis=1)[usable] - mean) / spread[usable]
+    low, high = np.quantile(pivots, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(mean - high * error), float(mean - low * error))
+
+
+@dataclass(slots=True)
+class Controller:
+    """Holds the reward error under a bound by raising or lowering the token budget."""
+
+    bound: float
+    """Largest reward error to tolerate."""
+    least: float
+    """Smallest budget, tokens a step."""
+    most: float
+    """Largest budget, tokens a step."""
+
+    def adjust(self, budget: float, error: Interval) -> tuple[float, bool]:
+        """The next budget, and whether the bound can be held: false where the largest budget does not suffice."""
+        if error.mean > self.bound:
+            return min(self.most, 1.5 * budget), budget < self.most
+        if error.high < self.bound / 2:
+            return max(self.least, budget / 1.25), True
+        return budget, True
+
+
+def weighted_rank(scores: np.ndarray, weights: np.ndarray, row: int) -> float:
+    """1 + how many documents score higher than `row`, each of weight; scores, weights: (n,)."""
+    return 1 + float(weights[scores > scores[row]].sum())
+
+
+def weighted_recall(stored: np.ndarray, fresh: np.ndarray, weights: np.ndarray, k: int) -> float:
+    """Share of the fresh top k that the stored top k holds.
+
+    stored: (n,) whether each examined document is in the stored top k. fresh: (n,) its fresh score.
+    """
+    order = np.argsort(-fresh, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    taken = np.clip(k - before, 0, weights[order])
+    return float((taken * stored[order]).sum() / taken.sum())
+
+
+def summarise(
+    model_step: int,
+    rewards: dict[str, list[tuple[float, float]]],
+    recalls: dict[int, list[float]],
+    cosines: np.ndarray,
+    near: int,
+    rest: int,
+    rng: np.random.Generator,
+) -> Audit:
+    """Put an audit together.
+
+    rewards: (given, fresh) of each audited query's rollouts. recalls: by depth, one a rollout. cosines: (n,) of the
+    examined rows, the first `near` of which stand for themselves and the others for the `rest` of the corpus.
+    """
+    errors = np.array([np.mean([abs(a - b) for a, b in pairs]) for pairs in rewards.values() if pairs])
+    drawn = interval(cosines[near:], rng) if len(cosines) > near else Interval(1.0, 1.0, 1.0)
+    share = rest / (near + rest)
+    known = float(cosines[:near].mean()) * (1 - share)
+    return Audit(
+        model_step,
+        Interval(*(known + share * value for value in (drawn.mean, drawn.low, drawn.high))),
+        interval(errors, rng) if len(errors) else Interval(float("nan"), -np.inf, np.inf),
+        spearman_within([(np.array([a for a, _ in p]), np.array([b for _, b in p])) for p in rewards.values() if p]),
+        recall_10=float(np.mean(recalls[10] or [np.nan])),
+        recall_100=float(np.mean(recalls[100] or [np.nan])),
+        documents=len(cosines),
+    )
+
+
+def spearman_within(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean Spearman correlation over groups whose both sides have a spread."""
+    from scipy.stats import spearmanr
+
+    found = [spearmanr(a, b).statistic for a, b in groups if np.ptp(a) > 0 and np.ptp(b) > 0]
+    return float(np.mean(found)) if found else float("nan")

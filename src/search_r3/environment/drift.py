@@ -1,0 +1,94 @@
+"""How the space moved: a map from stored to current vectors, learnt from the rows that were encoded again. (ours)
+
+The map is a translation plus a low-rank linear part, so that applying it to a whole corpus costs less than searching
+it; it starts from the identity, and the strength of the pull towards it is chosen on held-out pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean variance of a component
+LEAST_PAIRS = 20
+HELD_OUT = 0.25
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drift:
+    """v -> unit(v + shift + (v @ down) @ up)."""
+
+    shift: np.ndarray
+    """(D,) float32."""
+    down: np.ndarray
+    """(D, r) float32."""
+    up: np.ndarray
+    """(r, D) float32."""
+    before: float
+    """Mean cosine of stored with current vectors on held-out pairs."""
+    after: float
+    """The same, corrected."""
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """Corrected unit rows, (n, D) float32."""
+        vectors = np.asarray(vectors, np.float32)
+        return _unit(vectors + self.shift + (vectors @ self.down) @ self.up)
+
+
+def fit_drift(old: np.ndarray, new: np.ndarray, rng: np.random.Generator, rank: int = 64) -> Drift | None:
+    """The map that helps held-out pairs most, or None where none helps beyond chance (two standard errors).
+
+    old, new: (n, D) unit rows, the same documents as stored and as the model sees them now.
+    """
+    if len(old) < LEAST_PAIRS:
+        return None
+    order = rng.permutation(len(old))
+    size = max(4, int(HELD_OUT * len(old)))
+    test, train = order[:size], order[size:]
+    before = _cosine(old[test], new[test])
+    best: tuple[float, float | None] | None = None
+    spectrum = _decompose(old[train])
+    for strength in (None, *STRENGTHS):
+        shift, down, up = _solve(old[train], new[train], spectrum, strength, rank)
+        gain = _cosine(_unit(old[test] + shift + old[test] @ down @ up), new[test]) - before
+        error = gain.std(ddof=1) / np.sqrt(size)
+        if gain.mean() > 2 * error and (best is None or gain.mean() > best[0]):
+            best = float(gain.mean()), strength
+    if best is None:
+        return None
+    shift, down, up = _solve(old, new, _decompose(old), best[1], rank)
+    return Drift(shift, down, up, float(before.mean()), float(before.mean()) + best[0])
+
+
+def _decompose(old: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.linalg.svd(old - old.mean(axis=0), full_matrices=False))
+
+
+def _solve(
+    old: np.ndarray, new: np.ndarray, spectrum: tuple[np.ndarray, ...], strength: float | None, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ridge regression of the moves on the stored vectors, cut to `rank`. strength None: the mean move alone."""
+    width = old.shape[1]
+    moves = new - old
+    if strength is None:
+        return moves.mean(axis=0), np.zeros((width, 1), np.float32), np.zeros((1, width), np.float32)
+    left, values, right = spectrum  # centred old = left * values @ right
+    penalty = strength * (values**2).sum() / width
+    target = left.T @ (moves - moves.mean(axis=0))  # (m, D)
+    fitted = values[:, None] ** 2 / (values[:, None] ** 2 + penalty) * target  # in the coordinates of `left`
+    _, _, directions = np.linalg.svd(fitted, full_matrices=False)
+    up = directions[:rank]  # where the fitted moves point, (r, D)
+    down = right.T @ ((values / (values**2 + penalty))[:, None] * target @ up.T)  # (D, r)
+    shift = moves.mean(axis=0) - old.mean(axis=0) @ down @ up
+    return shift.astype(np.float32), down.astype(np.float32), up.astype(np.float32)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return found
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (one * other).sum(axis=1)
+    return found

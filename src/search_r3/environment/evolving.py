@@ -1,0 +1,59 @@
+"""The stored vectors of a corpus and the model step at which each was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from search_r3.index.exact import BLOCK_BYTES
+
+NEVER = -1
+
+
+class EvolvingIndex:
+    """Rows that are overwritten in place.
+
+    vectors: (N, D) float32 or float16, in memory or, given a folder, in a file there (scratch: `state_dict` of the
+        environment is what lasts).
+    encoded: (N,) int64, the model step at which the model computed the row; -1: never, or a write was cut short.
+    """
+
+    def __init__(self, count: int, dimension: int, dtype: str = "float32", folder: Path | None = None):
+        if folder is None:
+            self.vectors = np.zeros((count, dimension), dtype)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.vectors = np.lib.format.open_memmap(
+                folder / "vectors.npy", mode="w+", dtype=np.dtype(dtype), shape=(count, dimension)
+            )
+        self.encoded = np.full(count, NEVER, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 copies."""
+        found: np.ndarray = self.vectors[rows].astype(np.float32)
+        return found
+
+    def write(self, rows: np.ndarray, vectors: np.ndarray, step: int) -> None:
+        """Overwrite rows with what the model of `step` computed. Cut short, the rows count as never encoded."""
+        self.encoded[rows] = NEVER
+        self.vectors[rows] = vectors
+        self.encoded[rows] = step
+
+    def blocks(self) -> Iterator[slice]:
+        """Consecutive rows, so many that their float32 copies stay small."""
+        size = max(1, BLOCK_BYTES // (4 * self.vectors.shape[1]))
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def scores(self, queries: np.ndarray) -> np.ndarray:
+        """Cosines with every row, (Q, N) float32."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        found = np.empty((len(queries), len(self)), np.float32)
+        for block in self.blocks():
+            found[:, block] = queries @ np.asarray(self.vectors[block], np.float32).T
+        return found

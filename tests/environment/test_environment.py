@@ -1,0 +1,253 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from search_r3.environment import EnvironmentConfig, RetrievalEnvironment, dcg
+from search_r3.environment.drift import fit_drift
+from search_r3.environment.freshness import POLICIES
+from search_r3.errors import DataError, StoreError
+from search_r3.records import Document
+
+COUNT, WIDTH = 300, 16
+DOCUMENTS = [Document(f"d{n}", f"text {n} " + "x" * (n % 40)) for n in range(COUNT)]
+QRELS = {f"q{n}": {f"d{n}": 2, f"d{n + 100}": 1, f"d{n + 1}": 0} for n in range(20)}
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class Moving:
+    """An encoder whose space turns a little with every tick, each document with a little noise of its own."""
+
+    def __init__(self, rate=0.05, noise=0.01, seed=0):
+        rng = np.random.default_rng(seed)
+        self.start = rng.normal(size=(COUNT, WIDTH))
+        self.turn = rate * rng.normal(size=(WIDTH, WIDTH))
+        self.own = noise * rng.normal(size=(COUNT, WIDTH))
+        self.tick, self.calls, self.encoded = 0, 0, 0
+
+    def vectors(self):
+        moved = self.start.copy()
+        for _ in range(self.tick):
+            moved = moved + moved @ self.turn + self.own
+        return unit(moved)
+
+    def encode_documents(self, documents):
+        self.calls += 1
+        self.encoded += len(documents)
+        return self.vectors()[[int(document.id[1:]) for document in documents]]
+
+
+def make(policy="read_repair+drift", encoder=None, **config):
+    encoder = encoder or Moving()
+    environment = RetrievalEnvironment(
+        DOCUMENTS, QRELS, encoder, EnvironmentConfig(policy=policy, **{"budget": 0.3, "depth": 20, **config})
+    )
+    environment.reset()
+    return environment, encoder
+
+
+def rollouts(encoder, seed=0, queries=6, group=4):
+    """Query vectors near a relevant document of each query, as the current model would make them."""
+    rng = np.random.default_rng(seed)
+    names = [f"q{n}" for n in range(queries) for _ in range(group)]
+    rows = [int(name[1:]) for name in names]
+    return names, unit(encoder.vectors()[rows] + 0.15 * rng.normal(size=(len(rows), WIDTH)))
+
+
+def ranks(outcomes):
+    return [[(r.id, r.rank) for r in outcome.relevant] for outcome in outcomes]
+
+
+def test_full_equals_a_fresh_index():
+    environment, encoder = make("full")
+    for _ in range(3):
+        encoder.tick += 1
+        names, vectors = rollouts(encoder)
+        outcomes = environment.step(names, vectors)
+    fresh, _ = make("frozen", encoder)
+    expected = fresh.step(names, vectors)
+    assert ranks(outcomes) == ranks(expected)
+    assert [outcome.ranking for outcome in outcomes] == [outcome.ranking for outcome in expected]
+    np.testing.assert_array_equal(environment.index.vectors, encoder.vectors())
+
+
+def test_an_outcome_tells_what_a_reward_needs():
+    environment, encoder = make("frozen")
+    vectors = encoder.vectors()
+    (outcome,) = environment.step(["q3"], vectors[3:4])
+    scores = vectors @ vectors[3]
+    order = np.argsort(-scores)
+    assert outcome.ranking == tuple(f"d{n}" for n in order[:10])
+    np.testing.assert_allclose(outcome.scores, scores[order[:10]], atol=1e-6)
+    assert [(r.id, r.grade, r.rank) for r in outcome.relevant] == [
+        ("d3", 2, 1),
+        ("d103", 1, int((scores > scores[103]).sum()) + 1),
+    ]
+    negatives = np.delete(scores, [3, 103])
+    assert outcome.best_negative == pytest.approx(negatives.max(), abs=1e-6)
+    assert outcome.corpus == COUNT
+    second = outcome.relevant[1]
+    by_hand = 2 * 1.0 + (1 + second.similarity) / 2 / np.log2(1 + second.rank)
+    assert dcg(outcome) == pytest.approx(by_hand / (2 + 1 / np.log2(3)), abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_keeps_to_its_budget(policy):
+    environment, encoder = make(policy, budget=0.1)
+    before = environment.tokens_encoded
+    encoder.tick += 1
+    names, vectors = rollouts(encoder)
+    outcomes = environment.step(names, vectors)
+    spent = environment.tokens_encoded - before
+    if policy == "frozen":
+        assert spent == 0
+    elif policy == "full":
+        assert spent == environment.lengths.sum()
+    elif policy == "in_batch":
+        assert {outcome.corpus for outcome in outcomes} == {12}
+    else:
+        assert 0 < spent <= 0.1 * environment.lengths.sum()
+
+
+def test_read_repair_with_drift_is_nearer_to_the_truth_than_what_it_replaces():
+    errors = {}
+    for policy in ("frozen", "random", "read_repair+drift"):
+        environment, encoder = make(policy, Moving(rate=0.08))
+        errors[policy] = 0.0
+        for turn in range(6):
+            encoder.tick += 1
+            names, vectors = rollouts(encoder, seed=turn)
+            truth = make("frozen", encoder)[0].step(names, vectors)
+            given = environment.step(names, vectors)
+            errors[policy] += np.mean([abs(dcg(a) - dcg(b)) for a, b in zip(given, truth, strict=True)])
+    assert errors["read_repair+drift"] < 0.2 * min(errors["frozen"], errors["random"])
+
+
+def test_drift_is_learnt_where_there_is_one_and_only_there():
+    rng = np.random.default_rng(0)
+    old = unit(rng.normal(size=(200, WIDTH)))
+    turned = unit(old + old @ (0.3 * rng.normal(size=(WIDTH, WIDTH))) + 0.2)
+    drift = fit_drift(old[:150], turned[:150], rng)
+    assert (drift(old[150:]) * turned[150:]).sum(axis=1).mean() > 0.99
+    assert drift.after > drift.before
+    assert fit_drift(old, unit(old + 0.1 * rng.normal(size=old.shape)), rng) is None
+    assert fit_drift(old[:5], turned[:5], rng) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(["tick", "step", "refresh", "save", "fail"]), max_size=12))
+def test_rows_and_ages_agree_under_any_interleaving(actions):
+    environment, encoder = make("read_repair", Moving(noise=0.05))
+    history = {0: encoder.vectors()}
+    for action in actions:
+        if action == "tick":
+            encoder.tick += 1
+        elif action == "refresh":
+            environment.refresh()
+        elif action == "save":
+            state = environment.state_dict()
+            environment, _ = make("read_repair", encoder)
+            environment.load_state_dict(state)
+        else:
+            names, vectors = rollouts(encoder)
+            history[encoder.tick] = encoder.vectors()
+            if action == "fail":
+                original, environment.encoder = environment.encoder, None
+            try:
+                environment.step(names, vectors, model_step=encoder.tick)
+            except AttributeError:
+                pass
+            finally:
+                if action == "fail":
+                    environment.encoder = original
+        if action == "tick":  # the environment learns of it at the next step; a refresh before would date rows back
+            names, vectors = rollouts(encoder)
+            history[encoder.tick] = encoder.vectors()
+            environment.step(names, vectors, model_step=encoder.tick)
+    for row in range(COUNT):
+        expected = history[int(environment.index.encoded[row])][row]
+        np.testing.assert_allclose(environment.index.vectors[row], expected, atol=1e-6)
+
+
+def test_a_write_cut_short_leaves_rows_that_count_as_never_encoded():
+    environment, encoder = make()
+    with pytest.raises(ValueError, match="broadcast"):
+        environment.index.write(np.array([1, 2]), np.zeros((2, WIDTH + 1), np.float32), 1)
+    assert list(np.flatnonzero(environment.index.encoded < 0)) == [1, 2]
+    encoder.tick += 1
+    environment.step(*rollouts(encoder), model_step=7)
+    assert environment.ages[2] in (0, 8)
+
+
+def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path):
+    one, encoder = make()
+    encoder.tick += 1
+    one.step(*rollouts(encoder))
+    other = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, one.config, folder=tmp_path / "scratch")
+    other.load_state_dict(one.state_dict())
+    encoder.tick += 1
+    batch = rollouts(encoder, seed=1)
+    assert ranks(one.step(*batch)) == ranks(other.step(*batch))
+    np.testing.assert_array_equal(one.index.vectors, other.index.vectors)
+    np.testing.assert_array_equal(one.ages, other.ages)
+
+
+def test_a_background_refresh_never_overwrites_newer_rows():
+    environment, encoder = make("frozen")
+    encoder.tick += 1
+    environment.model_step = 1
+    environment.index.write(np.arange(10), encoder.vectors()[:10], 5)
+    assert environment.refresh_in_background().result(timeout=10) > 0
+    assert (environment.index.encoded[:10] == 5).all()
+
+
+class Broken(Moving):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def encode_documents(self, documents):
+        return super().encode_documents(documents) if self.tick == 0 else self.answer(len(documents))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n: np.full((n, WIDTH), np.nan), "not finite for document"),
+        (lambda n: np.ones((n, WIDTH + 1)), "expected width 16"),
+        (lambda n: np.ones((max(n - 1, 0), WIDTH)), "expected width 16"),
+    ],
+)
+def test_a_broken_encoder_stores_nothing(answer, message):
+    environment, encoder = make(encoder=Broken(answer))
+    before = environment.state_dict()
+    batch = rollouts(encoder)
+    encoder.tick = 1
+    with pytest.raises(DataError, match=message):
+        environment.step(*batch)
+    np.testing.assert_array_equal(before["vectors"], environment.index.vectors)
+    np.testing.assert_array_equal(before["encoded"], environment.index.encoded)
+
+
+def test_bad_input_is_named():
+    environment, encoder = make()
+    names, vectors = rollouts(encoder)
+    for ids, given_vectors, message in (
+        ([], vectors[:0], "empty batch"),
+        (["nope"], vectors[:1], "'nope' has no relevant document"),
+        (names, vectors[:, :3], "expected"),
+        (names[:1], vectors[:1] * np.nan, "not finite"),
+    ):
+        with pytest.raises(DataError, match=message):
+            environment.step(ids, given_vectors)
+    with pytest.raises(DataError, match="'q1': relevant document 'gone'"):
+        RetrievalEnvironment(DOCUMENTS, {"q1": {"gone": 1}}, encoder)
+    with pytest.raises(DataError, match="fewer than k"):
+        RetrievalEnvironment(DOCUMENTS[:3], {}, encoder)
+    with pytest.raises(DataError, match="reset"):
+        RetrievalEnvironment(DOCUMENTS, QRELS, encoder).step(names, vectors)
+    with pytest.raises(StoreError, match="another corpus"):
+        RetrievalEnvironment(DOCUMENTS[:200], {}, encoder).load_state_dict(environment.state_dict())
