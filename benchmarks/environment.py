@@ -53,7 +53,7 @@ class Encoder:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def lengths(self, texts: list[str]) -> list[int]:
         found = self.model.tokenizer(texts, truncation=True, max_length=self.model.max_seq_length)
