@@ -89,7 +89,7 @@ class Controller:
         return budget, True
 
 
-def weighted_rank(scores: np.ndarray, weights: np.ndarray, row: int) -> float:
+def weighted_rank(scores: np.ndarray, weights: np.ndarray, row: int | np.intp) -> float:
     """1 + how many documents score higher than `row`, each of weight; scores, weights: (n,)."""
     return 1 + float(weights[scores > scores[row]].sum())
 
@@ -109,28 +109,28 @@ def summarise(
     model_step: int,
     rewards: dict[str, list[tuple[float, float]]],
     recalls: dict[int, list[float]],
-    cosines: np.ndarray,
-    near: int,
+    near: np.ndarray,
+    drawn: np.ndarray,
     rest: int,
     rng: np.random.Generator,
 ) -> Audit:
     """Put an audit together.
 
-    rewards: (given, fresh) of each audited query's rollouts. recalls: by depth, one a rollout. cosines: (n,) of the
-    examined rows, the first `near` of which stand for themselves and the others for the `rest` of the corpus.
+    rewards: (given, fresh) of each audited query's rollouts. recalls: by depth, one a rollout. near, drawn: cosines of
+    the rows that stand for themselves, and of those that stand for the `rest` of the corpus.
     """
     errors = np.array([np.mean([abs(a - b) for a, b in pairs]) for pairs in rewards.values() if pairs])
-    drawn = interval(cosines[near:], rng) if len(cosines) > near else Interval(1.0, 1.0, 1.0)
-    share = rest / (near + rest)
-    known = float(cosines[:near].mean()) * (1 - share)
+    others = interval(drawn, rng) if len(drawn) else Interval(1.0, 1.0, 1.0)
+    share = rest / (len(near) + rest)
+    known = float(near.mean()) * (1 - share)
     return Audit(
         model_step,
-        Interval(*(known + share * value for value in (drawn.mean, drawn.low, drawn.high))),
+        Interval(*(known + share * value for value in (others.mean, others.low, others.high))),
         interval(errors, rng) if len(errors) else Interval(float("nan"), -np.inf, np.inf),
         spearman_within([(np.array([a for a, _ in p]), np.array([b for _, b in p])) for p in rewards.values() if p]),
         recall_10=float(np.mean(recalls[10] or [np.nan])),
         recall_100=float(np.mean(recalls[100] or [np.nan])),
-        documents=len(cosines),
+        documents=len(near) + len(drawn),
     )
 
 

@@ -128,7 +128,7 @@ class RetrievalEnvironment:
         with self._lock:
             self.index = EvolvingIndex(len(self.documents), vectors.shape[1], self.config.dtype, self.folder)
             self.index.write(np.arange(len(self.documents)), vectors, model_step)
-            self.model_step, self.drift, self.tokens_encoded = model_step, None, 0
+            self.model_step, self.drift, self.tokens_encoded, self._last = model_step, None, 0, None
             self._rng = np.random.default_rng(self.config.seed)
 
     @property
@@ -184,52 +184,29 @@ class RetrievalEnvironment:
                 wanted[self.relevant[name][0]] = 1
             for row in stored:
                 _add_best(wanted, row, max(depth, config.k))
-            near = np.flatnonzero(wanted)
             rest = np.flatnonzero(wanted == 0)
             drawn = self._rng.permutation(rest)[:sample]
-            rows = np.concatenate([near, drawn])
-            weights = np.ones(len(rows))
-            weights[len(near) :] = len(rest) / max(len(drawn), 1)
+            rows = np.sort(np.concatenate([np.flatnonzero(wanted), drawn]))
+            near = wanted[rows] > 0
+            weights = np.where(near, 1.0, len(rest) / max(len(drawn), 1))
             fresh = self._encode(rows)
             self.tokens_encoded -= int(self.lengths[rows].sum())  # counted apart: it refreshes nothing
             cosines = (index.read(rows) * fresh).sum(axis=1)
         scores = vectors[members] @ fresh.T  # (B, n)
-        place = {int(row): number for number, row in enumerate(rows)}
+        every = np.ones(len(rows), bool)
         rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         recalls: dict[int, list[float]] = {10: [], 100: []}
         for member, was, now in zip(members, stored, scores, strict=True):
             outcome = given[member]
-            pair = reward(outcome), reward(self._true_outcome(outcome, now, rows, place, weights))
+            true = self._outcome(outcome.query_id, now, rows, weights, every)
+            pair = reward(outcome), reward(true)
             if pair[0] is not None and pair[1] is not None:
                 rewards[outcome.query_id].append((pair[0], pair[1]))
             for k, found in recalls.items():
                 if k <= min(len(was), max(depth, config.k)):
                     threshold = np.partition(was, -k)[-k]
                     found.append(weighted_recall(was[rows] >= threshold, now, weights, k))
-        return summarise(self.model_step, rewards, recalls, cosines, len(near), len(rest), self._rng)
-
-    def _true_outcome(
-        self, outcome: Outcome, scores: np.ndarray, rows: np.ndarray, place: dict[int, int], weights: np.ndarray
-    ) -> Outcome:
-        """The outcome as a fresh index would give it, ranks estimated from the examined rows."""
-        relevant, grades = self.relevant[outcome.query_id]
-        found = []
-        for row, grade in zip(relevant, grades, strict=True):
-            at = place[int(row)]
-            rank = round(weighted_rank(scores, weights, at))
-            found.append(Relevant(self.documents[row].id, int(grade), rank, float(scores[at]), True))
-        others = scores.copy()
-        others[[place[int(row)] for row in relevant]] = -np.inf
-        top = np.argsort(-scores, kind="stable")[: len(outcome.ranking)]
-        return Outcome(
-            outcome.query_id,
-            tuple(self.documents[rows[at]].id for at in top),
-            scores[top],
-            tuple(sorted(found, key=lambda r: r.rank)),
-            float(others.max()),
-            len(self.documents),
-            1.0,
-        )
+        return summarise(self.model_step, rewards, recalls, cosines[near], cosines[~near], len(rest), self._rng)
 
     def refresh(self, encoder: Encoder | None = None) -> int:
         """Encode one budget of the oldest rows again; returns how many. encoder: a copy of the model elsewhere.
@@ -266,6 +243,7 @@ class RetrievalEnvironment:
                 "encoded": index.encoded.copy(),
                 "model_step": self.model_step,
                 "tokens_encoded": self.tokens_encoded,
+                "budget": self.budget,
                 "random": self._rng.bit_generator.state,
             }
 
@@ -288,7 +266,7 @@ class RetrievalEnvironment:
             self.index.vectors[:] = vectors
             self.index.encoded[:] = state["encoded"]
             self.model_step, self.tokens_encoded = int(state["model_step"]), int(state["tokens_encoded"])
-            self.drift = None
+            self.budget, self.drift, self._last = float(state["budget"]), None, None
             self._rng.bit_generator.state = state["random"]
 
     def _ready(self) -> EvolvingIndex:
@@ -373,46 +351,48 @@ class RetrievalEnvironment:
         return wanted
 
     def _rank(self, index: EvolvingIndex, query_ids: Sequence[str], vectors: np.ndarray) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(query_ids)
         fresh = self.ages == 0
-        ranked = np.ones(len(index), bool)
+        rows = np.arange(len(index))
         if self.policy.relevant_only:
-            ranked[:] = False
-            for query in set(query_ids):
-                ranked[self.relevant[query][0]] = True
+            rows = np.unique(np.concatenate([self.relevant[query][0] for query in set(query_ids)]))
+        outcomes: dict[int, Outcome] = {}
         for query, members in _groups(query_ids).items():
-            relevant, grades = self.relevant[query]
-            scores = index.scores(vectors[members])  # (G, N)
-            scores[:, ~ranked] = -np.inf
+            scores = index.scores(vectors[members])[:, rows]  # (G, n)
             for member, row in zip(members, scores, strict=True):
-                outcomes[member] = self._outcome(query, row, relevant, grades, fresh, int(ranked.sum()))
-        return [outcome for outcome in outcomes if outcome is not None]
+                outcomes[member] = self._outcome(query, row, rows, np.ones(len(rows)), fresh[rows])
+        return [outcomes[number] for number in range(len(query_ids))]
 
     def _outcome(
-        self, query: str, scores: np.ndarray, relevant: np.ndarray, grades: np.ndarray, fresh: np.ndarray, corpus: int
+        self, query: str, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray, fresh: np.ndarray
     ) -> Outcome:
-        k = min(self.config.k, corpus)
-        top = np.argpartition(-scores, k - 1)[:k]
-        top = top[np.lexsort((top, -scores[top]))]
+        """The outcome of one rollout among some rows, each of which stands for `weights` documents.
+
+        scores, weights, fresh: (n,). rows: (n,) ascending, every relevant one among them.
+        """
+        relevant, grades = self.relevant[query]
+        places = np.searchsorted(rows, relevant)
         found = [
             Relevant(
-                self.documents[row].id,
+                self.documents[rows[at]].id,
                 int(grade),
-                int((scores > scores[row]).sum()) + 1,
-                float(scores[row]),
-                bool(fresh[row]),
+                round(weighted_rank(scores, weights, at)),
+                float(scores[at]),
+                bool(fresh[at]),
             )
-            for row, grade in zip(relevant, grades, strict=True)
+            for at, grade in zip(places, grades, strict=True)
         ]
+        k = min(self.config.k, len(rows))
+        top = np.argpartition(-scores, k - 1)[:k]
+        top = top[np.lexsort((top, -scores[top]))]
         others = scores.copy()
-        others[relevant] = -np.inf
+        others[places] = -np.inf
         return Outcome(
             query,
-            tuple(self.documents[row].id for row in top),
+            tuple(self.documents[row].id for row in rows[top]),
             scores[top],
             tuple(sorted(found, key=lambda r: r.rank)),
             float(others.max()),
-            corpus,
+            round(float(weights.sum())),
             float(fresh[top].mean()),
         )
 

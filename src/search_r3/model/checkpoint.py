@@ -122,9 +122,9 @@ def resolve(source: str | Path) -> Path:
 
     Raises CheckpointError when there is none.
     """
-    if source == "base":
+    if str(source) == "base":
         return _prepared_base()
-    if source == "default":
+    if str(source) == "default":
         return _prepared_default()
     folder = given_path(source)
     if folder.is_dir():
@@ -156,8 +156,7 @@ def _prepared_default() -> Path:
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
         model, tokenizer, manifest = load(ADAPTER)
-        base = read_manifest(_prepared_base())
-        parent = Parent(source="base", weights_sha256=base.weights_sha256 if base else "")
+        parent = Parent(source="base", weights_sha256=_digest(_hash_files(_prepared_base())))
         _keep(folder, model, tokenizer, manifest.prompts, parent)
     return folder
 
