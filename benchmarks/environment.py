@@ -25,9 +25,23 @@ from search_r3.evaluate.collection import load_collection
 from search_r3.records import Document
 
 GROUP, QUERIES = 8, 16
+BUDGETS = (0.01, 0.02, 0.05, 0.1)
+DEFAULT = "read_repair+drift"
+POLICIES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
+    ("frozen", {"policy": "frozen"}, (0.05,)),
+    ("full", {"policy": "full"}, (0.05,)),
+    ("in_batch", {"policy": "in_batch"}, (0.05,)),
+    ("random", {"policy": "random"}, BUDGETS),
+    ("random, calibrated", {"policy": "random", "calibrate": True}, BUDGETS),
+    ("local", {"policy": "local"}, BUDGETS),
+    ("read_repair", {"policy": "read_repair"}, BUDGETS),
+    (DEFAULT, {"policy": DEFAULT}, BUDGETS),
+    (f"{DEFAULT}, calibrated", {"policy": DEFAULT, "calibrate": True}, BUDGETS),
+    (f"{DEFAULT}, graph", {"policy": DEFAULT, "index": "graph"}, (0.05,)),
+]
 
 
-class Encoder:
+class MiniLM:
     """MiniLM through sentence-transformers, trained with in-batch negatives."""
 
     def __init__(self, tokens: int, rate: float):
@@ -55,9 +69,55 @@ class Encoder:
         self.optimizer.zero_grad()
         return loss.item()
 
+    def rollouts(self, texts: list[str]) -> np.ndarray:
+        return self.encode(texts)
+
     def lengths(self, texts: list[str]) -> list[int]:
         found = self.model.tokenizer(texts, truncation=True, max_length=self.model.max_seq_length)
         return [len(ids) for ids in found["input_ids"]]
+
+
+class Ours:
+    """The default model, adapters trained by InfoNCE on the way stage 1 computes it."""
+
+    def __init__(self, tokens: int, rate: float):
+        from peft import LoraConfig, get_peft_model
+
+        from search_r3 import SearchR3
+        from search_r3.train.step import Forward, Turn
+
+        self.tokens, self.turn = tokens, Turn
+        self.model = SearchR3.from_pretrained("default", device="cpu")
+        get_peft_model(self.model.engine.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        self.forward = Forward(self.model.engine)
+        trained = [p for p in self.model.engine.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=rate)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.encode_documents(texts, max_tokens=self.tokens)
+
+    def rollouts(self, texts: list[str]) -> np.ndarray:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.encode_queries(texts)
+
+    def train(self, queries: list[str], documents: list[str]) -> float:
+        engine = self.model.engine
+        vectors = []
+        for texts in (queries, documents):
+            turns = [
+                self.turn("embed", [*t, engine.embed_token_id], 0) for t in engine.tails(texts, "embed", self.tokens)
+            ]
+            with torch.autocast("cpu", torch.bfloat16):
+                vectors.append(self.forward(engine.model, turns).vectors)
+        loss = torch.nn.functional.cross_entropy(vectors[0] @ vectors[1].T / 0.05, torch.arange(len(queries)))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [min(len(ids), self.tokens) for ids in self.model.engine.plain_ids(texts)]
 
 
 class Replay:
@@ -99,12 +159,14 @@ def compare(given: list[Outcome], truth: list[Outcome]) -> dict[str, list[float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--model", choices=("minilm", "default"), default="minilm", help="what is trained")
     parser.add_argument("--data", type=Path, required=True, help="folder of BEIR sets")
     parser.add_argument("--sets", default="pydocstring", help="sets of it, with commas; their train split is used")
     parser.add_argument("--documents", type=int, default=20000, help="size of the corpus")
     parser.add_argument("--tokens", type=int, default=64, help="of a document, at most")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
+    parser.add_argument("--batch", type=int, default=32, help="queries in a training step")
     parser.add_argument("--rate", type=float, default=2e-5, help="learning rate")
     parser.add_argument("--plot", type=Path, help="draw error against cost")
     parser.add_argument("--save", type=Path, help="keep the oracle's vectors and the rollouts, or take them from there")
@@ -114,10 +176,10 @@ def main() -> None:
     oracle = [*make_oracle(args, documents, queries, qrels, rng)]
     lengths = oracle.pop(0)["lengths"]
     results = []
-    truth = play("full", 1.0, oracle, documents, qrels, lengths)
-    for policy in ("frozen", "full", "in_batch", "random", "local", "read_repair", "read_repair+drift"):
-        for budget in (0.05,) if policy in ("frozen", "full", "in_batch") else (0.01, 0.02, 0.05, 0.1):
-            run = play(policy, budget, oracle, documents, qrels, lengths)
+    truth = play({"policy": "full"}, oracle, documents, qrels, lengths)
+    for policy, settings, budgets in POLICIES:
+        for budget in budgets:
+            run = play(settings | {"budget": budget}, oracle, documents, qrels, lengths)
             found: dict[str, list[float]] = {}
             for given, exact in zip(run["outcomes"], truth["outcomes"], strict=True):
                 for name, values in compare(given, exact).items():
@@ -126,11 +188,9 @@ def main() -> None:
             line |= {name: run[name] for name in ("cost_share", "documents_share", "seconds")}
             line |= {name: float(np.mean(values)) for name, values in found.items() if values}
             results.append(line)
-            print(
-                "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v:>18}" for k, v in line.items()),
-                file=sys.stderr,
-            )
-    default = next(r for r in results if r["policy"] == "read_repair+drift" and r["budget"] == 0.05)
+            figures = [f"{k} {v:.4f}" if isinstance(v, float) else f"{v:>30}" for k, v in line.items()]
+            print("  ".join(figures), file=sys.stderr)
+    default = next(r for r in results if r["policy"] == DEFAULT and r["budget"] == 0.05)
     full = next(r for r in results if r["policy"] == "full")
     if args.plot:
         draw(results, args.plot)
@@ -169,7 +229,7 @@ def make_oracle(args: argparse.Namespace, documents, queries, qrels, rng):  # ty
             arrays = np.load(args.save / f"{number}.npz")
             yield {**record, "vectors": arrays["vectors"], "rollouts": arrays["rollouts"]}
         return
-    encoder = Encoder(args.tokens, args.rate)
+    encoder = (MiniLM if args.model == "minilm" else Ours)(args.tokens, args.rate)
     contents = {document.id: document.content for document in documents}
     names, texts = list(qrels), list(contents.values())
     records: list[dict[str, Any]] = [{"lengths": encoder.lengths(texts)}]
@@ -177,7 +237,7 @@ def make_oracle(args: argparse.Namespace, documents, queries, qrels, rng):  # ty
     for number in range(args.rounds + 1):
         loss = 0.0
         for _ in range(args.steps if number else 0):
-            batch = rng.sample(names, 32)
+            batch = rng.sample(names, args.batch)
             loss += encoder.train([queries[q] for q in batch], [contents[next(iter(qrels[q]))] for q in batch])
         started = time.perf_counter()
         vectors = encoder.encode(texts)
@@ -191,7 +251,7 @@ def make_oracle(args: argparse.Namespace, documents, queries, qrels, rng):  # ty
         print(f"round {number}: loss {loss / args.steps:.3f}, corpus encoded in {seconds:.0f} s", file=sys.stderr)
         record = {"ids": [query for query in asked for _ in range(GROUP)], "seconds": seconds}
         records.append(record)
-        arrays = {"vectors": vectors, "rollouts": encoder.encode(wordings)}
+        arrays = {"vectors": vectors, "rollouts": encoder.rollouts(wordings)}
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
             np.savez(args.save / f"{number}.npz", **arrays)
@@ -200,10 +260,10 @@ def make_oracle(args: argparse.Namespace, documents, queries, qrels, rng):  # ty
         (args.save / "done").write_text(json.dumps(records))
 
 
-def play(policy: str, budget: float, oracle: list[dict[str, Any]], documents, qrels, lengths) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def play(settings: dict[str, Any], oracle: list[dict[str, Any]], documents, qrels, lengths) -> dict[str, Any]:  # type: ignore[no-untyped-def]
     """One policy through all rounds; costs are per round after the first encoding."""
     replay = Replay(documents)
-    config = EnvironmentConfig.model_validate({"policy": policy, "budget": budget})
+    config = EnvironmentConfig.model_validate(settings)
     environment = RetrievalEnvironment(documents, qrels, replay, config, lengths=lengths)
     replay.vectors = oracle[0]["vectors"]
     environment.reset()

@@ -3,9 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r3.environment import EnvironmentConfig, RetrievalEnvironment, dcg
+from search_r3.environment import EnvironmentConfig, RetrievalEnvironment, ShardedEncoder, dcg
+from search_r3.environment.calibration import fit_calibration
 from search_r3.environment.drift import fit_drift
 from search_r3.environment.freshness import POLICIES
+from search_r3.environment.graph import EvolvingGraph
 from search_r3.errors import DataError, StoreError
 from search_r3.records import Document
 
@@ -232,6 +234,109 @@ def test_a_broken_encoder_stores_nothing(answer, message):
     np.testing.assert_array_equal(before["encoded"], environment.index.encoded)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_graph_follows_the_model_without_scoring_every_row(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("search_r3.environment.graph.SAMPLE", 100)
+    encoder = Moving(rate=0.08)
+    config = EnvironmentConfig(budget=0.3, depth=40, index="graph", dtype=dtype)
+    environment = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, config, folder=tmp_path)
+    environment.reset()
+    shared, near = [], []
+    for turn in range(4):
+        encoder.tick += 1
+        batch = rollouts(encoder, seed=turn)
+        truth = make("frozen", encoder)[0].step(*batch)
+        given = environment.step(*batch)
+        shared += [len(set(a.ranking) & set(b.ranking)) / 10 for a, b in zip(given, truth, strict=True)]
+        near += [(a.relevant[0].rank, b.relevant[0].rank) for a, b in zip(given, truth, strict=True)]
+    assert np.mean(shared) > 0.9
+    assert np.mean([abs(a - b) <= max(1, 0.2 * b) for a, b in near]) > 0.9
+    assert all(environment.index.encoded[row] in range(5) for row in range(COUNT))
+    state = environment.state_dict()
+    np.testing.assert_array_equal(state["vectors"], environment.index.vectors)
+
+
+def test_a_graph_whose_edges_lead_nowhere_is_built_anew(tmp_path):
+    rng = np.random.default_rng(0)
+    index = EvolvingGraph(5000, WIDTH, folder=tmp_path)
+    rows, vectors = np.arange(5000), unit(rng.normal(size=(5000, WIDTH)))
+    index.write(rows, vectors, 0)
+    assert index.best(vectors[7:8], 3)[0] == 7
+    index.write(rows, unit(vectors + vectors @ (0.02 * rng.normal(size=(WIDTH, WIDTH)))), 1)
+    index.maintain(rng)
+    assert index.builds == 1  # a small move: the edges still fit
+    index.write(rows, rng.permutation(vectors), 2)
+    index.maintain(rng)
+    assert index.builds == 2
+    assert len(list(tmp_path.glob("graph-*"))) == 1
+    assert index.best(index.read(np.array([7])), 3)[0] == 7
+
+
+def test_ranks_beyond_a_graphs_proposals_are_estimated(monkeypatch):
+    monkeypatch.setattr("search_r3.environment.graph.SAMPLE", 150)
+    encoder = Moving()
+    found = []
+    for seed in range(30):
+        config = EnvironmentConfig(policy="frozen", depth=10, index="graph", seed=seed)
+        environment = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, config)
+        environment.reset()
+        (outcome,) = environment.step(["q3"], -encoder.vectors()[3:4])  # the relevant document is the last one
+        assert outcome.corpus == COUNT
+        found.append(max(relevant.rank for relevant in outcome.relevant))
+    assert np.mean(found) == pytest.approx(COUNT, rel=0.05)
+
+
+def test_calibration_lets_stale_rows_compete_fairly():
+    rng = np.random.default_rng(0)
+    true = rng.uniform(-0.2, 0.9, (6, 200))
+    ages = rng.integers(1, 4, 200)
+    stale = 0.2 * ages + 0.6 * true + 0.02 * rng.normal(size=true.shape)
+    calibration = fit_calibration(stale[:, :120], true[:, :120], ages[:120], rng)
+    assert np.abs(calibration(stale[:, 120:], ages[120:]) - true[:, 120:]).mean() < 0.05
+    np.testing.assert_allclose(calibration(stale, np.zeros(200, int)), stale, atol=1e-6)
+    assert fit_calibration(true, true, ages, rng) is None
+    assert fit_calibration(stale[:, :20], true[:, :20], ages[:20], rng) is None
+
+
+def test_audits_on_schedule_hold_a_bound_and_say_when_they_cannot():
+    config = EnvironmentConfig(policy="random", budget=0.02, audit_every=2, error_bound=0.001)
+    encoder = Moving(rate=0.3)
+    environment = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, config)
+    environment.reset()
+    budgets = [environment.budget]
+    for turn in range(30):
+        encoder.tick += 1
+        environment.step(*rollouts(encoder, seed=turn))
+        assert (environment.last_audit is not None) == (turn > 0)
+        budgets.append(environment.budget)
+        if not environment.bound_held:
+            break
+    assert budgets[2] == pytest.approx(1.5 * budgets[0])
+    assert budgets[1] == budgets[0]
+    assert environment.report()["audit_reward_error"] == environment.last_audit.reward_error.mean
+    with pytest.raises(ValueError, match="audit_every"):
+        EnvironmentConfig(error_bound=0.1)
+
+
+def test_processes_share_an_encoding():
+    encoder, documents = Moving(), DOCUMENTS[:7]
+    shares = [encoder.encode_documents(documents[rank::3]) for rank in range(3)]
+    for rank in range(3):
+        calls = []
+        sharded = ShardedEncoder(encoder, rank, 3, lambda mine, calls=calls: calls.append(mine) or shares)
+        np.testing.assert_array_equal(sharded.encode_documents(documents), encoder.encode_documents(documents))
+        np.testing.assert_array_equal(calls[0][0], shares[rank])
+    alone = ShardedEncoder(encoder, 0, 2, lambda mine: [*mine, np.empty((0, 0), np.float32)])
+    assert alone.encode_documents(documents[:1]).shape == (1, WIDTH)
+    with pytest.raises(RuntimeError, match="process 0: broken"):
+        ShardedEncoder(Failing(), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
+
+
+class Failing:
+    def encode_documents(self, documents):
+        raise ValueError("broken")
+
+
 def test_bad_input_is_named():
     environment, encoder = make()
     names, vectors = rollouts(encoder)
@@ -249,5 +354,7 @@ def test_bad_input_is_named():
         RetrievalEnvironment(DOCUMENTS[:3], {}, encoder)
     with pytest.raises(DataError, match="reset"):
         RetrievalEnvironment(DOCUMENTS, QRELS, encoder).step(names, vectors)
+    with pytest.raises(StoreError, match="another model"):
+        RetrievalEnvironment(DOCUMENTS, QRELS, Moving(seed=9)).load_state_dict(environment.state_dict())
     with pytest.raises(StoreError, match="another corpus"):
         RetrievalEnvironment(DOCUMENTS[:200], {}, encoder).load_state_dict(environment.state_dict())

@@ -47,41 +47,48 @@ def fit_drift(old: np.ndarray, new: np.ndarray, rng: np.random.Generator, rank: 
     size = max(4, int(HELD_OUT * len(old)))
     test, train = order[:size], order[size:]
     before = _cosine(old[test], new[test])
-    best: tuple[float, float | None] | None = None
     spectrum = _decompose(old[train])
-    for strength in (None, *STRENGTHS):
-        shift, down, up = _solve(old[train], new[train], spectrum, strength, rank)
-        gain = _cosine(_unit(old[test] + shift + old[test] @ down @ up), new[test]) - before
-        error = gain.std(ddof=1) / np.sqrt(size)
-        if gain.mean() > 2 * error and (best is None or gain.mean() > best[0]):
-            best = float(gain.mean()), strength
-    if best is None:
+    gains: dict[float | None, float] = {}
+    for strength in (None, *STRENGTHS):  # chosen at full rank, which needs one decomposition for all of them
+        shift, linear = _ridge(old[train], new[train], spectrum, strength)
+        gains[strength] = float((_cosine(_unit(old[test] + shift + old[test] @ linear), new[test]) - before).mean())
+    best = max(gains, key=gains.__getitem__)
+    tried = Drift(*_cut(*_ridge(old[train], new[train], spectrum, best), old[train], rank), 0.0, 0.0)
+    gain = _cosine(tried(old[test]), new[test]) - before
+    if gain.mean() <= 2 * gain.std(ddof=1) / np.sqrt(size):
         return None
-    shift, down, up = _solve(old, new, _decompose(old), best[1], rank)
-    return Drift(shift, down, up, float(before.mean()), float(before.mean()) + best[0])
+    final = _cut(*_ridge(old, new, _decompose(old), best), old, rank)
+    return Drift(*final, float(before.mean()), float((before + gain).mean()))
 
 
 def _decompose(old: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.linalg.svd(old - old.mean(axis=0), full_matrices=False))
 
 
-def _solve(
-    old: np.ndarray, new: np.ndarray, spectrum: tuple[np.ndarray, ...], strength: float | None, rank: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ridge regression of the moves on the stored vectors, cut to `rank`. strength None: the mean move alone."""
-    width = old.shape[1]
-    moves = new - old
+def _ridge(
+    old: np.ndarray, new: np.ndarray, spectrum: tuple[np.ndarray, ...], strength: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of the moves on the stored vectors: shift (D,), linear (D, D). strength None: the mean move."""
+    width, moves = old.shape[1], new - old
     if strength is None:
-        return moves.mean(axis=0), np.zeros((width, 1), np.float32), np.zeros((1, width), np.float32)
+        return moves.mean(axis=0), np.zeros((width, width), np.float32)
     left, values, right = spectrum  # centred old = left * values @ right
     penalty = strength * (values**2).sum() / width
     target = left.T @ (moves - moves.mean(axis=0))  # (m, D)
-    fitted = values[:, None] ** 2 / (values[:, None] ** 2 + penalty) * target  # in the coordinates of `left`
-    _, _, directions = np.linalg.svd(fitted, full_matrices=False)
-    up = directions[:rank]  # where the fitted moves point, (r, D)
-    down = right.T @ ((values / (values**2 + penalty))[:, None] * target @ up.T)  # (D, r)
-    shift = moves.mean(axis=0) - old.mean(axis=0) @ down @ up
-    return shift.astype(np.float32), down.astype(np.float32), up.astype(np.float32)
+    linear = right.T @ ((values / (values**2 + penalty))[:, None] * target)
+    return moves.mean(axis=0) - old.mean(axis=0) @ linear, linear
+
+
+def _cut(
+    shift: np.ndarray, linear: np.ndarray, old: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The linear part cut to the directions in which it moves the rows of `old` most: shift, down (D, r), up (r, D)."""
+    mean = old.mean(axis=0)
+    _, directions = np.linalg.eigh((moved := (old - mean) @ linear).T @ moved)
+    up = directions[:, ::-1][:, :rank].T  # (r, D)
+    down = linear @ up.T
+    kept = shift + mean @ linear - mean @ down @ up  # the mean move is kept whole
+    return kept.astype(np.float32), down.astype(np.float32), up.astype(np.float32)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

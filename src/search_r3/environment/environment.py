@@ -13,52 +13,24 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
-from search_r3.environment.audit import Audit, Reward, summarise, weighted_rank, weighted_recall
+from search_r3.environment.audit import Audit, Controller, Reward, examine
+from search_r3.environment.calibration import Calibration, fit_calibration
+from search_r3.environment.config import EnvironmentConfig
 from search_r3.environment.drift import Drift, fit_drift
+from search_r3.environment.encoder import Encoder
 from search_r3.environment.evolving import NEVER, EvolvingIndex
 from search_r3.environment.freshness import POLICIES, by_priority, within_budget
-from search_r3.environment.outcome import Outcome, Relevant, dcg
+from search_r3.environment.graph import EvolvingGraph
+from search_r3.environment.outcome import Outcome, dcg, groups_of, make_outcome
 from search_r3.errors import DataError, StoreError
 from search_r3.records import Document
 
-STATE = 1  # version of `state_dict`
-
-
-class Encoder(Protocol):
-    """Anything that embeds documents with the current weights; `SearchR3` does."""
-
-    def encode_documents(self, documents: Sequence[Document]) -> np.ndarray:
-        """(n, D) unit rows."""
-
-
-class EnvironmentConfig(BaseModel):
-    """How the environment keeps its index fresh."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    policy: Literal["frozen", "full", "in_batch", "random", "local", "read_repair", "read_repair+drift"] = (
-        "read_repair+drift"
-    )
-    """What a step encodes again; see `freshness.POLICIES`."""
-    budget: float = Field(default=0.05, gt=0)
-    """Tokens that a step may encode again: a share of the corpus up to 1, a number of tokens above."""
-    sample: float = Field(default=0.25, gt=0, le=0.5)
-    """Share of the budget for the uniform sample that shows the drift."""
-    depth: int = Field(default=100, ge=1)
-    """Documents that the index proposes for a query."""
-    k: int = Field(default=10, ge=1)
-    """Documents in an outcome's ranking."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the stored vectors."""
-    drift_rank: int = Field(default=64, ge=1)
-    """Rank of the drift map."""
-    seed: int = 0
-    """Of the samples."""
+STATE = 2  # version of `state_dict`
+PROBES = 16  # documents by which a state's model is recognised
 
 
 class RetrievalEnvironment:
@@ -73,6 +45,7 @@ class RetrievalEnvironment:
     documents: the corpus. qrels: relevance by query id and document id. encoder: the model under training.
     lengths: tokens of each document, which the budget counts; default: a quarter of its characters.
     folder: keep the vectors in a file there instead of in memory.
+    reward: what audits compare; None of an outcome leaves it out.
     Raises DataError for a judged document that is not in the corpus and for a corpus smaller than `config.k`.
     """
 
@@ -85,6 +58,7 @@ class RetrievalEnvironment:
         *,
         lengths: Sequence[int] | None = None,
         folder: Path | None = None,
+        reward: Reward = dcg,
     ):
         self.documents, self.encoder, self.config = list(documents), encoder, config or EnvironmentConfig()
         self.policy = POLICIES[self.config.policy]
@@ -112,10 +86,17 @@ class RetrievalEnvironment:
         self.lengths = np.asarray(lengths, np.int64)
         share = self.config.budget
         self.budget = share * float(self.lengths.sum()) if share <= 1 else share
-        self.folder = folder
+        self.folder, self.reward = folder, reward
         self.index: EvolvingIndex | None = None
         self.model_step = 0
         self.drift: Drift | None = None
+        self.calibration: Calibration | None = None
+        self.steps = 0
+        self.last_audit: Audit | None = None
+        self.bound_held = True
+        self._controller: Controller | None = None
+        if self.config.error_bound is not None:
+            self._controller = Controller(self.config.error_bound, self.budget / 10, float(self.lengths.sum()))
         self.tokens_encoded = 0
         self._last: tuple[list[str], np.ndarray, list[Outcome]] | None = None
         self._lock = threading.RLock()
@@ -124,17 +105,22 @@ class RetrievalEnvironment:
 
     def reset(self, model_step: int = 0) -> None:
         """Encode the whole corpus with the current model."""
-        vectors = self._encode(np.arange(len(self.documents)))
+        vectors = self.encode(np.arange(len(self.documents)))
         with self._lock:
-            self.index = EvolvingIndex(len(self.documents), vectors.shape[1], self.config.dtype, self.folder)
+            self.index = self._new_index(vectors.shape[1])
             self.index.write(np.arange(len(self.documents)), vectors, model_step)
-            self.model_step, self.drift, self.tokens_encoded, self._last = model_step, None, 0, None
+            self.model_step, self.drift, self.calibration = model_step, None, None
+            self.steps, self.tokens_encoded, self._last, self.last_audit = 0, 0, None, None
             self._rng = np.random.default_rng(self.config.seed)
+
+    def _new_index(self, width: int) -> EvolvingIndex:
+        kind = EvolvingGraph if self.config.index == "graph" else EvolvingIndex
+        return kind(len(self.documents), width, self.config.dtype, self.folder)
 
     @property
     def ages(self) -> np.ndarray:
         """(N,) int64: model steps since each row was encoded."""
-        index = self._ready()
+        index = self.ready()
         found: np.ndarray = np.where(index.encoded == NEVER, self.model_step + 1, self.model_step - index.encoded)
         return found
 
@@ -146,67 +132,70 @@ class RetrievalEnvironment:
         Raises DataError for an empty batch, a query without relevant documents, or vectors that do not fit.
         """
         with self._lock:
-            index = self._ready()
+            index = self.ready()
             vectors = self._checked_batch(query_ids, vectors, index)
             now = self.model_step + 1 if model_step is None else model_step
             if now < self.model_step:
                 raise DataError(f"model_step {now} lies before the last one, {self.model_step}")
             self.model_step = now
+            self.steps += 1
             if self.policy.sample:
-                self._sample(index)
+                self._sample(index, vectors)
             wanted = self._wanted(index, query_ids, vectors)
             if wanted is not None:
                 spent = self.config.sample if self.policy.sample else 0.0
                 rows = by_priority(wanted, self.ages, self.lengths)
                 limit = np.inf if self.policy.everything or self.policy.relevant_only else self.budget * (1 - spent)
                 self._refresh(index, within_budget(rows, self.lengths, limit))
+            index.maintain(self._rng)
             outcomes = self._rank(index, query_ids, vectors)
             self._last = list(query_ids), vectors, outcomes
+            if self.config.audit_every and self.steps % self.config.audit_every == 0:
+                self.last_audit = self.audit()
+                if self._controller is not None:
+                    self.budget, self.bound_held = self._controller.adjust(self.budget, self.last_audit.reward_error)
             return outcomes
 
-    def audit(self, reward: Reward = dcg, *, sample: int = 256, depth: int = 100, queries: int = 8) -> Audit:
+    def report(self) -> dict[str, float]:
+        """Figures for a training log: ages, tokens, and what the last audit found."""
+        ages = self.ages
+        found = {
+            "age_mean": float(ages.mean()),
+            "age_max": float(ages.max()),
+            "tokens": float(self.tokens_encoded),
+            "budget": float(self.budget),
+            "bound_held": float(self.bound_held),
+        }
+        if self.drift is not None:
+            found |= {"drift_before": self.drift.before, "drift_after": self.drift.after}
+        if self.last_audit is not None:
+            found |= {
+                "audit_step": float(self.last_audit.model_step),
+                "audit_reward_error": self.last_audit.reward_error.mean,
+                "audit_spearman": self.last_audit.spearman,
+                "audit_recall_10": self.last_audit.recall_10,
+                "audit_cosine": self.last_audit.cosine.mean,
+            }
+        return found
+
+    def fresh_rows(self) -> np.ndarray:
+        """Rows that were encoded with the current weights in this step."""
+        found: np.ndarray = np.flatnonzero(self.ages == 0)
+        return found
+
+    def audit(self, reward: Reward | None = None, *, sample: int = 256, depth: int = 100, queries: int = 8) -> Audit:
         """Estimate how far the rewards of the last step are from those of a fresh index. Stores nothing.
 
-        reward: what is made of an outcome; None leaves the rollout out. sample: documents drawn uniformly from those
-        outside the `depth` best of the audited queries. queries: how many of the last step's queries are audited.
+        reward: default: the environment's. sample: documents drawn uniformly from those outside the `depth` best of the
+        audited queries. queries: how many of the last step's queries are audited.
         """
         with self._lock:
-            index, config = self._ready(), self.config
             if self._last is None:
                 raise DataError("nothing to audit yet; call step() first")
-            query_ids, vectors, given = self._last
-            groups = _groups(query_ids)
-            names = [str(name) for name in self._rng.permutation(list(groups))[:queries]]
-            members = [member for name in names for member in groups[name]]
-            stored = index.scores(vectors[members])  # (B, N)
-            wanted = np.zeros(len(index))
-            for name in names:
-                wanted[self.relevant[name][0]] = 1
-            for row in stored:
-                _add_best(wanted, row, max(depth, config.k))
-            rest = np.flatnonzero(wanted == 0)
-            drawn = self._rng.permutation(rest)[:sample]
-            rows = np.sort(np.concatenate([np.flatnonzero(wanted), drawn]))
-            near = wanted[rows] > 0
-            weights = np.where(near, 1.0, len(rest) / max(len(drawn), 1))
-            fresh = self._encode(rows)
-            self.tokens_encoded -= int(self.lengths[rows].sum())  # counted apart: it refreshes nothing
-            cosines = (index.read(rows) * fresh).sum(axis=1)
-        scores = vectors[members] @ fresh.T  # (B, n)
-        every = np.ones(len(rows), bool)
-        rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        recalls: dict[int, list[float]] = {10: [], 100: []}
-        for member, was, now in zip(members, stored, scores, strict=True):
-            outcome = given[member]
-            true = self._outcome(outcome.query_id, now, rows, weights, every)
-            pair = reward(outcome), reward(true)
-            if pair[0] is not None and pair[1] is not None:
-                rewards[outcome.query_id].append((pair[0], pair[1]))
-            for k, found in recalls.items():
-                if k <= min(len(was), max(depth, config.k)):
-                    threshold = np.partition(was, -k)[-k]
-                    found.append(weighted_recall(was[rows] >= threshold, now, weights, k))
-        return summarise(self.model_step, rewards, recalls, cosines[near], cosines[~near], len(rest), self._rng)
+            before = self.tokens_encoded
+            found = examine(self, *self._last, reward or self.reward, self._rng, sample, depth, queries)
+            self.tokens_encoded = before  # counted apart: it refreshes nothing
+            return found
 
     def refresh(self, encoder: Encoder | None = None) -> int:
         """Encode one budget of the oldest rows again; returns how many. encoder: a copy of the model elsewhere.
@@ -214,13 +203,13 @@ class RetrievalEnvironment:
         The model step of the rows is that at the call. Encoding holds no lock, so `step` goes on meanwhile; a row
         that `step` has written newer in the meantime keeps the newer vector.
         """
-        index = self._ready()
+        index = self.ready()
         with self._lock:
             now = self.model_step
             jitter = self._rng.random(len(index))
             rows = by_priority(np.ones(len(index)) + 1e-9 * jitter, self.ages, self.lengths)
             rows = within_budget(rows, self.lengths, self.budget)
-        vectors = self._encode(rows, encoder)
+        vectors = self.encode(rows, encoder)
         with self._lock:
             older = index.encoded[rows] < now
             index.write(rows[older], vectors[older], now)
@@ -235,7 +224,7 @@ class RetrievalEnvironment:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: arrays and plain values."""
         with self._lock:
-            index = self._ready()
+            index = self.ready()
             return {
                 "version": STATE,
                 "corpus": self._identity(),
@@ -244,6 +233,7 @@ class RetrievalEnvironment:
                 "model_step": self.model_step,
                 "tokens_encoded": self.tokens_encoded,
                 "budget": self.budget,
+                "steps": self.steps,
                 "random": self._rng.bit_generator.state,
             }
 
@@ -255,21 +245,30 @@ class RetrievalEnvironment:
             raise StoreError(
                 "this environment state belongs to another corpus; load it with the documents it was made of"
             )
-        vectors = np.asarray(state["vectors"])
-        width = self._encode(np.arange(1)).shape[1]
-        if vectors.shape != (len(self.documents), width):
+        vectors, encoded = np.asarray(state["vectors"]), np.asarray(state["encoded"])
+        newest = np.argsort(-encoded, kind="stable")[:PROBES]
+        self.index = None
+        now = self.encode(newest)
+        if vectors.shape != (len(self.documents), now.shape[1]):
             raise StoreError(
-                f"this environment state holds vectors {vectors.shape}, the model makes {width} components"
+                f"this environment state holds vectors {vectors.shape}, the model makes {now.shape[1]} components"
+            )
+        if ((now @ vectors[newest].T.astype(np.float32)).argmax(axis=1) == np.arange(len(newest))).mean() < 0.5:
+            raise StoreError(
+                "this environment state belongs to another model: the newest vectors in it are not near to what this "
+                "model makes of the same documents; load the checkpoint that was saved with it, or call reset()"
             )
         with self._lock:
-            self.index = EvolvingIndex(*vectors.shape, self.config.dtype, self.folder)
+            self.index = self._new_index(now.shape[1])
             self.index.vectors[:] = vectors
-            self.index.encoded[:] = state["encoded"]
+            self.index.encoded[:] = encoded
             self.model_step, self.tokens_encoded = int(state["model_step"]), int(state["tokens_encoded"])
-            self.budget, self.drift, self._last = float(state["budget"]), None, None
+            self.steps, self.budget = int(state["steps"]), float(state["budget"])
+            self.drift, self.calibration, self._last, self.last_audit = None, None, None, None
             self._rng.bit_generator.state = state["random"]
 
-    def _ready(self) -> EvolvingIndex:
+    def ready(self) -> EvolvingIndex:
+        """The index. Raises DataError before `reset`."""
         if self.index is None:
             raise DataError("the environment has no vectors yet; call reset() or load_state_dict() first")
         return self.index
@@ -297,7 +296,8 @@ class RetrievalEnvironment:
                 raise DataError(f"rollout {number} (query {query!r}): its vector is not finite")
         return vectors
 
-    def _encode(self, rows: np.ndarray, encoder: Encoder | None = None) -> np.ndarray:
+    def encode(self, rows: np.ndarray, encoder: Encoder | None = None) -> np.ndarray:
+        """Current vectors of these rows, (n, D) float32, counted and checked but not stored."""
         vectors = np.asarray(
             (encoder or self.encoder).encode_documents([self.documents[row] for row in rows]), np.float32
         )
@@ -315,23 +315,27 @@ class RetrievalEnvironment:
 
     def _refresh(self, index: EvolvingIndex, rows: np.ndarray) -> None:
         if len(rows):
-            index.write(rows, self._encode(rows), self.model_step)
+            index.write(rows, self.encode(rows), self.model_step)
 
-    def _sample(self, index: EvolvingIndex) -> None:
+    def _sample(self, index: EvolvingIndex, vectors: np.ndarray) -> None:
         """Encode a uniform sample again; learn from it how the space moved, and move the other rows along."""
+        self.drift = self.calibration = None
         share = self.config.sample if self.policy.proposed else 1.0
         rows = within_budget(self._rng.permutation(len(index)), self.lengths, share * self.budget)
         rows = rows[self.ages[rows] > 0]
         if not len(rows):
             return
-        new = self._encode(rows)
+        old, new, ages = index.read(rows), self.encode(rows), self.ages[rows]
         if self.policy.drift:
-            self.drift = fit_drift(index.read(rows), new, self._rng, self.config.drift_rank)
+            self.drift = fit_drift(old, new, self._rng, self.config.drift_rank)
             if self.drift is not None:
+                old = self.drift(old)
                 stale = self.ages > 0
                 for block in index.blocks():
                     moved = np.flatnonzero(stale[block]) + block.start
                     index.vectors[moved] = self.drift(index.vectors[moved])
+        if self.config.calibrate:
+            self.calibration = fit_calibration(vectors @ old.T, vectors @ new.T, ages, self._rng)
         index.write(rows, new, self.model_step)
 
     def _wanted(self, index: EvolvingIndex, query_ids: Sequence[str], vectors: np.ndarray) -> np.ndarray | None:
@@ -341,72 +345,40 @@ class RetrievalEnvironment:
             return wanted + 1
         if not (policy.relevant_only or policy.local or policy.proposed):
             return None
-        for query, members in _groups(query_ids).items():
+        for query, members in groups_of(query_ids).items():
             relevant = self.relevant[query][0]
             wanted[relevant] += 1e6  # always first: every reward of the query hangs on them
             if policy.local:
-                _add_best(wanted, index.scores(index.read(relevant)).max(axis=0), self.config.depth)
+                near = index.best(index.read(relevant), self.config.depth)
             elif policy.proposed:
-                _add_best(wanted, index.scores(vectors[members]).max(axis=0), self.config.depth)
+                near = index.best(vectors[members], self.config.depth)
+            else:
+                continue
+            wanted[near] += 1 / np.log2(2 + np.arange(len(near)))
         return wanted
 
     def _rank(self, index: EvolvingIndex, query_ids: Sequence[str], vectors: np.ndarray) -> list[Outcome]:
-        fresh = self.ages == 0
-        rows = np.arange(len(index))
+        ages, outcomes = self.ages, dict[int, Outcome]()
+        groups = groups_of(query_ids)
         if self.policy.relevant_only:
-            rows = np.unique(np.concatenate([self.relevant[query][0] for query in set(query_ids)]))
-        outcomes: dict[int, Outcome] = {}
-        for query, members in _groups(query_ids).items():
-            scores = index.scores(vectors[members])[:, rows]  # (G, n)
-            for member, row in zip(members, scores, strict=True):
-                outcomes[member] = self._outcome(query, row, rows, np.ones(len(rows)), fresh[rows])
+            batch = np.unique(np.concatenate([self.relevant[query][0] for query in groups]))
+        for query, members in groups.items():
+            if self.policy.relevant_only:
+                rows, weights = batch, np.ones(len(batch))
+            else:
+                rows, weights = index.pool(vectors[members], self.config.depth, self.relevant[query][0], self._rng)
+            scores = index.scores(vectors[members], None if len(rows) == len(index) else rows)  # (G, n)
+            if self.calibration is not None:
+                scores = self.calibration(scores, ages[rows])
+            for member, line in zip(members, scores, strict=True):
+                outcomes[member] = make_outcome(
+                    query,
+                    self.documents,
+                    self.relevant[query],
+                    rows,
+                    line,
+                    weights,
+                    ages[rows] == 0,
+                    min(self.config.k, len(rows)),
+                )
         return [outcomes[number] for number in range(len(query_ids))]
-
-    def _outcome(
-        self, query: str, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray, fresh: np.ndarray
-    ) -> Outcome:
-        """The outcome of one rollout among some rows, each of which stands for `weights` documents.
-
-        scores, weights, fresh: (n,). rows: (n,) ascending, every relevant one among them.
-        """
-        relevant, grades = self.relevant[query]
-        places = np.searchsorted(rows, relevant)
-        found = [
-            Relevant(
-                self.documents[rows[at]].id,
-                int(grade),
-                round(weighted_rank(scores, weights, at)),
-                float(scores[at]),
-                bool(fresh[at]),
-            )
-            for at, grade in zip(places, grades, strict=True)
-        ]
-        k = min(self.config.k, len(rows))
-        top = np.argpartition(-scores, k - 1)[:k]
-        top = top[np.lexsort((top, -scores[top]))]
-        others = scores.copy()
-        others[places] = -np.inf
-        return Outcome(
-            query,
-            tuple(self.documents[row].id for row in rows[top]),
-            scores[top],
-            tuple(sorted(found, key=lambda r: r.rank)),
-            float(others.max()),
-            round(float(weights.sum())),
-            float(fresh[top].mean()),
-        )
-
-
-def _groups(query_ids: Sequence[str]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for number, query in enumerate(query_ids):
-        groups.setdefault(query, []).append(number)
-    return groups
-
-
-def _add_best(wanted: np.ndarray, scores: np.ndarray, depth: int) -> None:
-    """Add traffic to the `depth` best rows, more to better ones."""
-    depth = min(depth, len(scores))
-    top = np.argpartition(-scores, depth - 1)[:depth]
-    top = top[np.argsort(-scores[top])]
-    wanted[top] += 1 / np.log2(2 + np.arange(depth))

@@ -50,10 +50,37 @@ class EvolvingIndex:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def scores(self, queries: np.ndarray) -> np.ndarray:
-        """Cosines with every row, (Q, N) float32."""
+    def scores(self, queries: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Cosines with every row, or with `rows`, (Q, N) float32."""
         queries = np.ascontiguousarray(queries, np.float32)
+        if rows is not None:
+            some: np.ndarray = queries @ self.read(rows).T
+            return some
         found = np.empty((len(queries), len(self)), np.float32)
         for block in self.blocks():
             found[:, block] = queries @ np.asarray(self.vectors[block], np.float32).T
         return found
+
+    def best(self, queries: np.ndarray, depth: int) -> np.ndarray:
+        """The (depth,) rows nearest to any of the queries (Q, D), nearest first."""
+        return best_columns(self.scores(queries).max(axis=0), depth)
+
+    def pool(
+        self, queries: np.ndarray, depth: int, relevant: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ascending rows to rank for these queries, the relevant ones among them, and how many rows each stands for.
+
+        Here: all rows, one each.
+        """
+        return np.arange(len(self)), np.ones(len(self))
+
+    def maintain(self, rng: np.random.Generator) -> None:
+        """Called after every step's writes; there is nothing to maintain here."""
+
+
+def best_columns(scores: np.ndarray, depth: int) -> np.ndarray:
+    """Numbers of the `depth` highest scores (n,), highest first; equal ones by number."""
+    depth = min(depth, len(scores))
+    top = np.argpartition(-scores, depth - 1)[:depth]
+    found: np.ndarray = top[np.lexsort((top, -scores[top]))]
+    return found

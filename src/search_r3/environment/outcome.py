@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from search_r3.environment.evolving import best_columns
+from search_r3.records import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,52 @@ class Outcome:
     """Share of `ranking` whose vectors were computed in this very step."""
 
 
+def make_outcome(
+    query_id: str,
+    documents: Sequence[Document],
+    relevant: tuple[np.ndarray, np.ndarray],
+    rows: np.ndarray,
+    scores: np.ndarray,
+    weights: np.ndarray,
+    fresh: np.ndarray,
+    k: int,
+) -> Outcome:
+    """The outcome of one rollout among some rows of the corpus, each of which stands for `weights` documents.
+
+    relevant: rows and grades of the query's relevant documents. rows: (n,) ascending, every relevant one among them.
+    scores, weights, fresh: (n,), of these rows.
+    """
+    numbers, grades = relevant
+    places = np.searchsorted(rows, numbers)
+    found = [
+        Relevant(
+            documents[rows[at]].id,
+            int(grade),
+            round(weighted_rank(scores, weights, at)),
+            float(scores[at]),
+            bool(fresh[at]),
+        )
+        for at, grade in zip(places, grades, strict=True)
+    ]
+    top = best_columns(scores, k)
+    others = scores.copy()
+    others[places] = -np.inf
+    return Outcome(
+        query_id,
+        tuple(documents[row].id for row in rows[top]),
+        scores[top],
+        tuple(sorted(found, key=lambda r: r.rank)),
+        float(others.max()),
+        round(float(weights.sum())),
+        float(fresh[top].mean()),
+    )
+
+
+def weighted_rank(scores: np.ndarray, weights: np.ndarray, row: int | np.intp) -> float:
+    """1 + how many documents score higher than `row`, each of weight; scores, weights: (n,)."""
+    return 1 + float(weights[scores > scores[row]].sum())
+
+
 def dcg(outcome: Outcome) -> float:
     """sum over relevant documents of grade * s / log2(1 + rank), s = (1 + cosine) / 2, divided by its largest value.
 
@@ -51,3 +101,11 @@ def dcg(outcome: Outcome) -> float:
     gained = sum(r.grade * (1 + r.similarity) / 2 / np.log2(1 + r.rank) for r in outcome.relevant)
     grades = sorted((r.grade for r in outcome.relevant), reverse=True)
     return float(gained / sum(grade / np.log2(2 + place) for place, grade in enumerate(grades)))
+
+
+def groups_of(query_ids: Sequence[str]) -> dict[str, list[int]]:
+    """Places of each query's rollouts in the batch."""
+    groups: dict[str, list[int]] = {}
+    for number, query in enumerate(query_ids):
+        groups.setdefault(query, []).append(number)
+    return groups

@@ -1,0 +1,55 @@
+"""Who embeds the documents: anything with `encode_documents`, on one process or on several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from search_r3.records import Document
+
+
+class Encoder(Protocol):
+    """Anything that embeds documents with the current weights; `SearchR3` does."""
+
+    def encode_documents(self, documents: Sequence[Document]) -> np.ndarray:
+        """(n, D) unit rows."""
+
+
+class ShardedEncoder:
+    """Several processes with the same model share one encoding; every one of them gets all vectors.
+
+    Every process must ask for the same documents in the same order, as environments do that see the same steps.
+
+    encoder: this process's own. rank, world: its number and how many there are. gather: collects one object of each
+    process, in the order of their ranks, on all of them (`accelerate.utils.gather_object`).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rank: int,
+        world: int,
+        gather: Callable[[list[np.ndarray | str]], list[np.ndarray | str]],
+    ):
+        self.encoder, self.rank, self.world, self.gather = encoder, rank, world, gather
+
+    def encode_documents(self, documents: Sequence[Document]) -> np.ndarray:
+        """(n, D) unit rows. Raises RuntimeError on every process where one of them failed."""
+        mine: np.ndarray | str
+        try:
+            own = documents[self.rank :: self.world]
+            mine = np.asarray(self.encoder.encode_documents(own), np.float32) if own else np.empty((0, 0), np.float32)
+        except Exception as error:  # the others wait in gather: tell them instead of leaving
+            mine = f"process {self.rank}: {error}"
+        shares = self.gather([mine])
+        failed = [share for share in shares if isinstance(share, str)]
+        if failed:
+            raise RuntimeError(f"encoding failed on {failed[0]}")
+        parts = [share for share in shares if isinstance(share, np.ndarray)]
+        vectors = np.empty((len(documents), max(part.shape[1] for part in parts)), np.float32)
+        for number, part in enumerate(parts):
+            if len(part):
+                vectors[number :: self.world] = part
+        return vectors
