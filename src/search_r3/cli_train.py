@@ -24,23 +24,26 @@ from search_r3.cli_common import (
 from search_r3.errors import DataError
 
 Data = Annotated[Path, typer.Option(help="Folder that the recipe's data sets lie in.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Run folder; the trained model is its `model`.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Replace one value: key=value or group.key=value.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+AllowChange = Annotated[bool, typer.Option("--allow-change", help="Resume with a changed recipe.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and count everything; train nothing.")]
 
-train = typer.Typer(no_args_is_help=True, help="Train a model: `sft` teaches it to embed.")
+train = typer.Typer(
+    no_args_is_help=True, help="Train a model: `sft` teaches it to embed, `rl` reinforces its reasoning."
+)
 
 
 @train.command()
 def sft(
     recipe_file: Annotated[Path, typer.Argument(metavar="recipe", help="YAML file; see recipes/.")],
     data: Data = Path("data"),
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Run folder; the trained model is its `model`.")
-    ] = Path("run"),
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace one value: key=value or group.key=value.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    allow_change: Annotated[bool, typer.Option("--allow-change", help="Resume with a changed recipe.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count everything; train nothing.")] = False,
+    output: Output = Path("run"),
+    overrides: Overrides = None,
+    resume: Resume = False,
+    allow_change: AllowChange = False,
+    dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
     """Stage 1: teach an instruction model to embed (SFT, KL, InfoNCE and triplet margin).
@@ -59,15 +62,66 @@ def sft(
     recipe = read_recipe(recipe_file, overrides or [])
     with err.status("reading the data"):
         prepared = prepare(recipe, data)
-    if prepared.dropped.counts and not json_:
-        for reason, count in prepared.dropped.counts.most_common():
-            err.print(f"left out: {count:,} ({escape(f'{reason}; e.g. {prepared.dropped.samples[reason][0]}')})")
+    _say_dropped(prepared.dropped, json_)
     if dry_run:
         report = estimate(prepared)
         print_json(report) if json_ else out.print_json(data=report)
         return
     with interruptible(f"what was saved is in {output}; go on with --resume"):
         folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+    _say_done(folder, json_)
+
+
+@train.command()
+def rl(
+    recipe_file: Annotated[Path, typer.Argument(metavar="recipe", help="YAML file; see recipes/*-rl-*.")],
+    data: Data = Path("data"),
+    output: Output = Path("run"),
+    overrides: Overrides = None,
+    resume: Resume = False,
+    allow_change: AllowChange = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Stage 2: reinforce reasoning and embedding together (GRPO in the retrieval environment).
+
+    Interrupt it at any time; the same command with --resume goes on, index included.
+
+    Example:  search-r3 train rl recipes/smollm2-135m-rl-cpu.yaml --data data --output runs/rl
+    """
+    with err.status("loading"):
+        from search_r3.train.config import read_rl_recipe
+        from search_r3.train.reinforce import prepare
+        from search_r3.train.reinforce import train as run
+
+    recipe = read_rl_recipe(recipe_file, overrides or [])
+    with err.status("reading the data"):
+        prepared = prepare(recipe, data)
+    _say_dropped(prepared.dropped, json_)
+    if dry_run:
+        group = recipe.group
+        rollouts = recipe.steps * group.queries * group.samples
+        report = {
+            "recipe": recipe.model_dump(),
+            "queries": len(prepared.queries),
+            "documents": len(prepared.documents),
+            "left_out": dict(prepared.dropped.counts),
+            "rollouts": rollouts,
+            "most_tokens_written": rollouts * group.reasoning_tokens,
+        }
+        print_json(report) if json_ else out.print_json(data=report)
+        return
+    with interruptible(f"what was saved is in {output}; go on with --resume"):
+        folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+    _say_done(folder, json_)
+
+
+def _say_dropped(dropped: Any, json_: bool) -> None:
+    for reason, count in [] if json_ else dropped.counts.most_common():
+        err.print(f"left out: {count:,} ({escape(f'{reason}; e.g. {dropped.samples[reason][0]}')})")
+
+
+def _say_done(folder: Path, json_: bool) -> None:
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
         return
     if json_:

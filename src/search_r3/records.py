@@ -84,3 +84,17 @@ class Reasoned:
     """Natural-log probability of each of `token_ids` in the distribution sampled from, before any top-p cut."""
     status: Status
     """Whether the embedding token was the model's own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Episode:
+    """One rollout: what the policy made of a query, before anything ranked it."""
+
+    query_id: str
+    """The query's id in the environment."""
+    query: str
+    """Its text."""
+    reasoned: Reasoned
+    """The reasoning and its vector."""
+    limit: int
+    """Most tokens the reasoning could have had."""

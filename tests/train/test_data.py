@@ -9,12 +9,16 @@ from search_r3.train.data import load_examples, plan
 from tests.train.conftest import RECIPE, write_set
 
 
+def load(recipe, root):
+    return load_examples(recipe.sources, recipe.held_out, root)
+
+
 def recipe_for(*overrides):
     return read_recipe(RECIPE, ["sources=[{path: train}]", *overrides])
 
 
 def test_beir_negatives_and_thoughts(root, recipe):
-    (examples,), dropped = load_examples(recipe, root)
+    (examples,), dropped = load(recipe, root)
     assert not dropped.counts
     assert len(examples) == 20
     first = next(example for example in examples if example.id == "q0")
@@ -30,7 +34,7 @@ def test_triplets_under_the_names_of_the_field(root):
         {"query": "b", "positives": ["p1", "p2"], "negatives": ["n1", "n2"], "thought": "t"},
     ]
     (root / "triplets.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (examples,), _ = load_examples(recipe_for("sources=[{path: triplets.jsonl}]"), root)
+    (examples,), _ = load(recipe_for("sources=[{path: triplets.jsonl}]"), root)
     assert [(e.query, e.positive.text, [n.text for n in e.negatives]) for e in examples] == [
         ("a", "p", ["n"]),
         ("b", "p1", ["n1", "n2"]),
@@ -46,7 +50,7 @@ def test_what_held_out_sets_hold_is_dropped(root):
     queries.write_text(queries.read_text().replace(" 0", "-0!").upper().replace("_ID", "_id").replace("TEXT", "text"))
     text = queries.read_text().replace('"Q', '"q')
     queries.write_text(text)
-    (examples,), dropped = load_examples(recipe_for("held_out=[held]"), root)
+    (examples,), dropped = load(recipe_for("held_out=[held]"), root)
     assert {example.id for example in examples} == {f"q{n}" for n in range(4, 20)}
     assert sum(dropped.counts.values()) == 4
     assert dropped.counts["query is in held"] >= 1  # found though case and punctuation differ
@@ -55,7 +59,7 @@ def test_what_held_out_sets_hold_is_dropped(root):
 def test_duplicates_are_dropped(root):
     record = json.dumps({"query": "a", "positive": "p"}) + "\n"
     (root / "twice.jsonl").write_text(record + record)
-    (examples,), dropped = load_examples(recipe_for("sources=[{path: twice.jsonl}]"), root)
+    (examples,), dropped = load(recipe_for("sources=[{path: twice.jsonl}]"), root)
     assert len(examples) == 1
     assert dropped.counts == Counter({"duplicate": 1})
 
@@ -63,7 +67,7 @@ def test_duplicates_are_dropped(root):
 def test_queries_without_a_usable_positive_are_dropped_and_named(root):
     qrels = root / "train" / "qrels" / "train.tsv"
     qrels.write_text(qrels.read_text().replace("q3\td3\t1", "q3\td3\t0").replace("q5\td5", "q5\tgone"))
-    (examples,), dropped = load_examples(recipe_for(), root)
+    (examples,), dropped = load(recipe_for(), root)
     assert len(examples) == 18
     assert dropped.counts == Counter({"query without a positive": 1, "positive missing from the corpus": 1})
     assert dropped.samples["positive missing from the corpus"] == ["train:q5"]
@@ -80,19 +84,19 @@ def test_queries_without_a_usable_positive_are_dropped_and_named(root):
 def test_impossible_negatives_are_errors(root, negatives, message):
     (root / "bad.jsonl").write_text(negatives + "\n")
     with pytest.raises(DataError, match=message):
-        load_examples(recipe_for("sources=[{path: train, negatives: bad.jsonl}]"), root)
+        load(recipe_for("sources=[{path: train, negatives: bad.jsonl}]"), root)
 
 
 def test_a_text_that_is_positive_and_negative_is_an_error(root):
     (root / "both.jsonl").write_text(json.dumps({"query": "a", "positive": "p", "negative": "p"}) + "\n")
     with pytest.raises(DataError, match=r"both\.jsonl:1: 'p' is both a positive and a negative"):
-        load_examples(recipe_for("sources=[{path: both.jsonl}]"), root)
+        load(recipe_for("sources=[{path: both.jsonl}]"), root)
 
 
 def test_steps_are_of_one_source_by_weight_and_pass_through_it(root):
     write_set(root / "other", 6)
     recipe = recipe_for("sources=[{path: train, weight: 3}, {path: other}]", "steps=200", "batch.queries=2")
-    examples, _ = load_examples(recipe, root)
+    examples, _ = load(recipe, root)
     order = plan(examples, recipe)
     assert len(order) == 400
     steps = [order[n : n + 2] for n in range(0, 400, 2)]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train import supervised
-from search_r3.train.supervised import METRICS, prepare, train
+from search_r3.train.run import METRICS, latest
+from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 
 
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_p
     monkeypatch.setattr(trainer, "info_nce", spoiled)
     with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*train:q"):
         train(prepare(recipe, root), root, tmp_path / "run", progress=False)
-    assert supervised._latest(tmp_path / "run").name == "checkpoint-2"
+    assert latest(tmp_path / "run").name == "checkpoint-2"
 
 
 def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch):

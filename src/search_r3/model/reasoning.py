@@ -37,6 +37,12 @@ class Sampling:
     """Sample from the smallest set of tokens whose probability reaches this."""
     seed: int = 0
     """Row i draws from its own stream (seed, i): its text does not depend on which rows share its batch."""
+    first_row: int = 0
+    """Number of the first row's stream: a process that has a part of a batch draws what the whole would draw."""
+
+    def draws(self, row: int) -> np.ndarray:
+        """(max_new_tokens,) uniforms in [0, 1) of one row."""
+        return np.random.default_rng([self.seed, self.first_row + row]).random(self.max_new_tokens)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -74,7 +80,10 @@ def reason(
         for start in range(0, len(order), prompts_at_once):
             prompts = order[start : start + prompts_at_once]
             rows = [
-                _Row(number, np.random.default_rng([sampling.seed, number]).random(sampling.max_new_tokens))
+                _Row(
+                    number,
+                    sampling.draws(number),
+                )
                 for prompt in prompts
                 for number in range(prompt * samples, (prompt + 1) * samples)
             ]
@@ -121,7 +130,7 @@ def _decode(
         return states
 
     head = engine.model.get_output_embeddings()
-    control = _control_ids(engine)
+    control = control_ids(engine)
     state = step(ids)[:, -1]  # (B, H)
     if samples > 1:
         repeat_rows(cache, samples)
@@ -158,7 +167,7 @@ def _decode(
         yield row.number, _result(engine, row, vector, control)
 
 
-def _control_ids(engine: Engine) -> frozenset[int]:
+def control_ids(engine: Engine) -> frozenset[int]:
     """Tokens that end a reasoning: E, the model's end-of-turn tokens, every other special token."""
     eos = engine.model.generation_config.eos_token_id if engine.model.generation_config else None
     ends = eos if isinstance(eos, list) else [eos] if eos is not None else []

@@ -66,16 +66,18 @@ class Dropped:
             found.append(name)
 
 
-def load_examples(recipe: Recipe, root: Path) -> tuple[list[list[Example]], Dropped]:
-    """Examples of each source, cleaned, in the recipe's order.
+def load_examples(
+    sources: Sequence[Source], held_out: Sequence[str], root: Path
+) -> tuple[list[list[Example]], Dropped]:
+    """Examples of each source, cleaned, in the order of the sources.
 
     Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
     equal to a test query, or a positive equal to a document that a test query should find (after removing case,
     punctuation and spaces). Raises DataError for a source that cannot be used.
     """
-    queries, documents = _held_out(recipe.held_out, root)
+    queries, documents = _held_out(held_out, root)
     dropped, result = Dropped(), []
-    for source in recipe.sources:
+    for source in sources:
         kept, seen = [], set()
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"

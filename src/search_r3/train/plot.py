@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from search_r3.errors import TrainingError
-from search_r3.train.supervised import METRICS
+from search_r3.train.run import METRICS
 
 PANELS = (
     ("loss", ("loss",)),

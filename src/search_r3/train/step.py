@@ -131,27 +131,34 @@ class Forward:
 
     def __call__(self, model: torch.nn.Module, turns: Sequence[Turn]) -> ChunkOutput:
         """One packed pass over turns of one act. model: the causal LM, perhaps wrapped for distributed training."""
-        engine = self.engine
-        prefix = engine.prefix_ids(turns[0].act)
-        if self.shared_prefix:
-            before, texts = prefix, [turn.ids for turn in turns]
-        else:
-            before, texts = [], [prefix + turn.ids for turn in turns]
-        packed = Packed.of([len(text) for text in texts], len(before), engine.device)
-        ids = torch.tensor([before + [token for text in texts for token in text]], device=engine.device)  # (1, N)
+        packed, ids = self.pack(turns[0].act, [turn.ids for turn in turns])
         learned = torch.cat(
             [torch.arange(end - turn.targets, end) for end, turn in zip(packed.ends.tolist(), turns, strict=True)]
-        ).to(engine.device)  # position before each learned token
+        ).to(self.engine.device)  # position before each learned token
         kept = learned if len(learned) else packed.ends[:1]
+        output, vectors = self.run(model, ids, packed, logits_to_keep=kept)
+        return ChunkOutput(vectors, output.logits[0], ids[0, learned + 1])
+
+    def pack(self, act: ActName, texts: Sequence[list[int]]) -> tuple[Packed, Tensor]:
+        """Texts of one act, without its prefix, in one row of tokens (1, N) behind one prefix."""
+        prefix = self.engine.prefix_ids(act)
+        before = prefix if self.shared_prefix else []
+        if not self.shared_prefix:
+            texts = [prefix + text for text in texts]
+        packed = Packed.of([len(text) for text in texts], len(before), self.engine.device)
+        ids = torch.tensor([before + [token for text in texts for token in text]], device=self.engine.device)
+        return packed, ids
+
+    def run(self, model: torch.nn.Module, ids: Tensor, packed: Packed, **wanted: Any) -> tuple[Any, Tensor]:
+        """What the causal LM returns for packed tokens (1, N), and the texts' embeddings (B, D)."""
         output = model(
             input_ids=ids,
             position_ids=packed.positions,
             attention_mask=ids.new_empty(1, 1, 1, 1),
             use_cache=False,
             packed=packed,
-            logits_to_keep=kept,
+            **wanted,
         )
         states, self._states = self._states, None
         assert states is not None
-        vectors = embed(states[0, packed.ends, None], ids[0, packed.ends, None], engine.embed_token_id)
-        return ChunkOutput(vectors, output.logits[0], ids[0, learned + 1])
+        return output, embed(states[0, packed.ends, None], ids[0, packed.ends, None], self.engine.embed_token_id)

@@ -1,0 +1,298 @@
+"""GRPO by TRL, with our rollouts, our packed forward pass and InfoNCE on the rollouts' vectors.
+
+Only this file imports trl.
+
+What is TRL's: advantages, clipping, variants of the loss, the divergence from the first policy, accumulation,
+distribution, optimiser, saving. What is ours: a rollout arrives with its vector and reward (`rollouts`); the forward
+pass reads the shared prompt once for all rollouts in memory and puts the embedding token where the policy stopped; the
+same pass gives the vectors that InfoNCE is computed on.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from search_r3.errors import TrainingError
+from search_r3.model.engine import Engine
+from search_r3.model.reasoning import control_ids
+from search_r3.records import Reasoned, Status
+from search_r3.train.config import RLRecipe
+from search_r3.train.losses import anisotropy, info_nce
+from search_r3.train.rollouts import Rollouter, RolloutPolicy, Rollouts, repeated
+from search_r3.train.step import Forward
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from trl import GRPOConfig, GRPOTrainer
+
+
+class RetrievalGRPOTrainer(GRPOTrainer):
+    """TRL's trainer in the retrieval environment.
+
+    engine: of the model in training. rollouter: makes the rollouts of a step. policy: brought up to date before.
+    """
+
+    def __init__(self, *, recipe: RLRecipe, engine: Engine, policy: RolloutPolicy, rollouter: Rollouter, **kwargs: Any):
+        self.recipe, self.engine, self.policy, self.rollouter = recipe, engine, policy, rollouter
+        self.rollouts: Rollouts | None = None
+        self._control = control_ids(engine)
+        self._vectors: Tensor | None = None
+        self._targets: dict[str, Tensor] = {}
+        super().__init__(reward_funcs=[total], rollout_func=_roll_out, processing_class=engine.tokenizer, **kwargs)
+        self._packed = Forward(engine)
+        if self.ref_model is not None:
+            self._packed.watch(self.ref_model)
+
+    # --- rollouts -----------------------------------------------------------------------------------------------------
+
+    def roll_out(self, names: Sequence[str]) -> dict[str, Any]:
+        """TRL's `rollout_func`: the rollouts of a step, and their rewards as a column of their own."""
+        self.policy.sync(self.accelerator.unwrap_model(self.model))
+        samples = self.recipe.group.samples
+        found = self.rollouts = self.rollouter(names[::samples], self.state.global_step + 1)
+        rewards = [scored.total for scored in found.scored]
+        self._note(found)
+        prefix = self.engine.prefix_ids("reason")
+        queries = [episode.query for episode in found.episodes]
+        tails = self.engine.tails(queries, "reason", self.recipe.group.query_tokens)
+        self._prepare_contrast(found)
+        return {
+            "prompt_ids": [prefix + tail for tail in tails],
+            "completion_ids": [list(episode.reasoned.token_ids) for episode in found.episodes],
+            "logprobs": None,
+            "given_reward": rewards,
+        }
+
+    def write(self, queries: Sequence[str], seed: int, first_row: int) -> list[Reasoned]:
+        """Reasonings by TRL's own generation (transformers or vLLM); their vectors by one forward pass of ours."""
+        prefix, samples = self.engine.prefix_ids("reason"), self.recipe.group.samples
+        torch.manual_seed(seed + first_row)
+        tails = self.engine.tails(queries, "reason", self.recipe.group.query_tokens)
+        tails = [tail for tail in tails for _ in range(samples)]
+        written, logprobs = self._generate_single_turn([prefix + tail for tail in tails], None, {}, samples)
+        token, texts = self.engine.embed_token_id, []
+        for number, ids in enumerate(written):
+            end = next((place + 1 for place, one in enumerate(ids) if one in self._control), len(ids))
+            written[number] = ids[:end]
+            texts.append([one for one in ids[:end] if one not in self._control])
+        vectors = self.policy.engine.encode([a + b for a, b in zip(tails, texts, strict=True)], "reason")
+        return [
+            Reasoned(
+                self.engine.tokenizer.decode(said).strip(),
+                vectors[number],
+                tuple(written[number]),
+                tuple(logprobs[number]) if logprobs is not None else (),
+                Status.FINISHED if written[number][-1] == token else Status.FORCED,
+            )
+            for number, said in enumerate(texts)
+        ]
+
+    def _note(self, found: Rollouts) -> None:
+        """Figures of these rollouts for the log; TRL averages them over the steps of a log line."""
+        metrics, lengths = self._metrics["train"], [len(e.reasoned.token_ids) for e in found.episodes]
+        ranks = [outcome.relevant[0].rank for outcome in found.outcomes]
+        vectors = torch.tensor(np.stack([e.reasoned.vector for e in found.episodes]))
+        samples = self.recipe.group.samples
+        groups = [found.scored[n : n + samples] for n in range(0, len(ranks), samples)]
+        spreads = [np.std([s.rank for s in group if s.rank is not None] or [0.0]) for group in groups]
+        figures = {
+            "reward_rank": _mean([s.rank for s in found.scored]),
+            "reward_rank_spread": float(np.mean(spreads)),
+            "zero_spread": float(np.mean([spread < 1e-6 for spread in spreads])),
+            "not_scorable": float(np.mean([s.total is None for s in found.scored])),
+            "format_rate": _mean([s.format for s in found.scored]),
+            "forced_rate": float(np.mean([e.reasoned.status is Status.FORCED for e in found.episodes])),
+            "length": float(np.mean(lengths)),
+            "repeated": float(np.mean([repeated(e.reasoned.text) for e in found.episodes])),
+            "reciprocal_rank": float(np.mean([1 / rank for rank in ranks])),
+            "anisotropy": float(anisotropy(vectors)),
+            "resampled": float(found.resampled),
+        } | {f"environment_{name}": value for name, value in self.rollouter.environment.report().items()}
+        for name, value in figures.items():
+            metrics[name].append(value)
+
+    # --- forward pass -------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """TRL's forward pass, packed: log-probabilities and entropies (B, C) of the tokens that the policy chose.
+
+        input_ids, attention_mask: (B, P+C). A control token that the policy chose is scored as chosen, but read as the
+        embedding token, for that is what the rollout's vector was computed on; where it chose none, one is appended.
+        """
+        parts = []
+        for start in range(0, len(input_ids), batch_size or len(input_ids)):
+            rows = slice(start, start + (batch_size or len(input_ids)))
+            parts.append(self._packed_pass(model, input_ids[rows], attention_mask[rows], logits_to_keep))
+        self._vectors = torch.cat([part[2] for part in parts])
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), None
+
+    def _packed_pass(
+        self, model: torch.nn.Module, input_ids: Tensor, mask: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        skip, token = len(self.engine.prefix_ids("reason")), self.engine.embed_token_id
+        texts, said = [], []
+        for ids, kept in zip(input_ids.tolist(), mask.bool().tolist(), strict=True):
+            prompt = [one for one, real in zip(ids[:-width], kept[:-width], strict=True) if real][skip:]
+            chosen = [one for one, real in zip(ids[-width:], kept[-width:], strict=True) if real]
+            spoken = chosen[:-1] if chosen[-1] in self._control else chosen
+            texts.append([*prompt, *spoken, token])
+            said.append(chosen)
+        packed, ids = self._packed.pack("reason", texts)
+        labels = torch.full_like(ids, -100)  # (1, N): the token to be scored after each position
+        places = []
+        for end, chosen in zip(packed.ends.tolist(), said, strict=True):
+            first = end - len(chosen) - (chosen[-1] not in self._control)
+            places.append(torch.arange(first, first + len(chosen), device=ids.device))
+            labels[0, places[-1]] = torch.tensor(chosen, device=ids.device)
+        with self.accelerator.autocast():
+            output, vectors = self._packed.run(model, ids, packed, shift_labels=labels, fused_lm_head=True)
+        logps, entropies = (
+            torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
+            for padded in (
+                pad_sequence([values[0, place] for place in places], batch_first=True)
+                for values in (output.log_probs, output.entropy)
+            )
+        )
+        return logps, entropies, vectors
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL shuffles the rollouts of a step; the number of each goes along."""
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output["rollout"] = torch.arange(len(output["advantages"]), device=output["advantages"].device)
+        if not torch.isfinite(output["advantages"]).all():
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: an advantage is not finite; nothing was updated and the last "
+                "checkpoint is good. Look at your reward function: it must return finite numbers or None"
+            )
+        if self.rollouts is not None and all(s.total is None for s in self.rollouts.scored):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: no rollout could be scored (all rewards are None); nothing was "
+                "updated. Look at reward.rank and at the judgements of these queries"
+            )
+        return output
+
+    def _prepare_contrast(self, found: Rollouts) -> None:
+        """Documents for InfoNCE: everything encoded in this step, and each rollout's relevant documents."""
+        environment = self.rollouter.environment
+        index = environment.ready()
+        relevant = [environment.relevant[episode.query_id][0] for episode in found.episodes]
+        rows = np.unique(np.concatenate([environment.fresh_rows(), *relevant]))
+        best = []
+        for episode, numbers in zip(found.episodes, relevant, strict=True):
+            cosines = index.read(numbers) @ episode.reasoned.vector
+            best.append(np.searchsorted(rows, numbers[int(cosines.argmax())]))
+        known = np.zeros((len(relevant), len(rows)), bool)
+        for line, numbers in enumerate(relevant):
+            known[line, np.searchsorted(rows, numbers)] = True
+        self._targets = {
+            name: torch.as_tensor(value, device=self.accelerator.device)
+            for name, value in (("documents", index.read(rows)), ("positives", np.array(best)), ("known", known))
+        }
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss + lambda * InfoNCE of these rollouts' vectors, averaged over accumulation steps as TRL's is."""
+        loss: Tensor = super()._compute_loss(model, inputs)
+        weight, vectors = self.recipe.objective.info_nce, self._vectors
+        assert vectors is not None
+        if self.model.training:
+            rows, targets = inputs["rollout"], self._targets
+            with torch.set_grad_enabled(weight > 0):
+                contrast = info_nce(
+                    vectors,
+                    targets["documents"],
+                    targets["positives"][rows],
+                    targets["known"][rows],
+                    temperature=self.recipe.objective.temperature,
+                    false_negative_margin=self.recipe.objective.false_negative_margin,
+                )
+            self._metrics["train"]["info_nce"].append(float(contrast.detach()))
+            if weight:
+                loss = loss + weight * contrast / self.current_gradient_accumulation_steps
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated and the last "
+                "checkpoint is good. Lower learning_rate"
+            )
+        return loss
+
+
+def total(*, given_reward: list[float | None], **columns: Any) -> list[float | None]:
+    """The reward that came with each rollout."""
+    return given_reward
+
+
+def _roll_out(names: list[str], trainer: RetrievalGRPOTrainer) -> dict[str, Any]:
+    return trainer.roll_out(names)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> GRPOConfig:
+    """TRL's settings for a recipe. Raises TrainingError for sizes that do not fit the number of processes."""
+    group = recipe.group
+    mine = group.queries * group.samples // processes
+    if group.queries % processes or mine % group.micro:
+        raise TrainingError(
+            f"group.queries ({group.queries}) must be a multiple of the {processes} processes, and group.micro "
+            f"({group.micro}) must divide the {mine} rollouts of each"
+        )
+    goal = recipe.objective
+    return GRPOConfig(
+        output_dir=output,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=group.micro,
+        gradient_accumulation_steps=mine // group.micro,
+        steps_per_generation=mine // group.micro,
+        num_generations=group.samples,
+        max_completion_length=group.reasoning_tokens,
+        temperature=recipe.sampling_temperature,
+        top_p=recipe.top_p,
+        loss_type=goal.variant,
+        epsilon=goal.clip,
+        epsilon_high=goal.clip_high,
+        scale_rewards=goal.scale,
+        beta=goal.beta,
+        mask_truncated_completions=False,
+        shuffle_dataset=False,  # `plan` has chosen the order
+        use_vllm=recipe.backend == "vllm",
+        vllm_mode="colocate",
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=int(recipe.warmup * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        save_steps=recipe.save_every,
+        save_total_limit=recipe.keep,
+        logging_steps=recipe.log_every,
+        report_to=recipe.report_to or "none",
+        log_completions=False,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        seed=recipe.seed,
+        disable_tqdm=not progress,
+        use_cpu=not torch.cuda.is_available(),
+    )

@@ -1,0 +1,332 @@
+"""Stage 2, from a recipe to a plain checkpoint: reinforce reasoning and embedding together.
+
+Kept from the paper (arXiv 2510.07048, section 4): GRPO on groups of sampled reasonings, a reward from the ranking that
+each one's vector gives, an environment whose index follows the model. Ours: read-repair and drift correction in that
+environment, InfoNCE on the rollouts' own vectors (`objective.info_nce`; 0 is the paper's form), the guards.
+
+    search-r3 train rl recipes/smollm2-135m-rl-cpu.yaml --data data --output runs/rl
+    accelerate launch -m search_r3 train rl recipes/qwen2.5-1.5b-rl.yaml --data data --output runs/rl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from transformers import Trainer, TrainerCallback
+
+from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
+from search_r3.errors import StoreError, TrainingError
+from search_r3.evaluate.collection import load_collection
+from search_r3.model.checkpoint import Parent, save
+from search_r3.model.engine import Engine
+from search_r3.records import Document
+from search_r3.train.config import Corpus, Guards, RLRecipe, Source
+from search_r3.train.data import Dropped, dump, load_examples
+from search_r3.train.rewards import Scorer
+from search_r3.train.rollouts import Rollouter, RolloutPolicy
+from search_r3.train.run import FINAL, METRICS, DevTest, Track, claim, latest, load_model
+
+ENVIRONMENT = "environment.safetensors"
+TABLE = "rollouts.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRL:
+    """A run before its first step."""
+
+    recipe: RLRecipe
+    """What is to be done."""
+    documents: list[Document]
+    """One corpus of all sources; ids are `source:id`."""
+    qrels: dict[str, dict[str, int]]
+    """Relevance by query id, `source:id`, and document id."""
+    queries: dict[str, str]
+    """Text by query id."""
+    dropped: Dropped
+    """What was left out."""
+    order: list[str]
+    """Query ids of all steps, `group.queries` a step."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over queries, documents and judgements: a resumed run must see the same."""
+        digest = hashlib.sha256()
+        for part in (self.queries, self.qrels):
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        for document in self.documents:
+            digest.update(f"{document.id}\0{document.content}\0".encode("utf-8", "replace"))
+        return digest.hexdigest()
+
+
+def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
+    """Read and check all data. Raises DataError or TrainingError before anything is computed."""
+    Scorer(recipe.reward)
+    plain = [Source(path=source.path, split=source.split) for source in recipe.sources]
+    examples, dropped = load_examples(plain, recipe.held_out, root)
+    documents: list[Document] = []
+    qrels: dict[str, dict[str, int]] = {}
+    queries: dict[str, str] = {}
+    streams: list[list[str]] = []
+    for source, found in zip(recipe.sources, examples, strict=True):
+        kept = list(dict.fromkeys(example.id for example in found))[: source.limit]
+        names = {name: f"{source.path}:{name}" for name in kept}
+        queries |= {names[example.id]: example.query for example in found if example.id in names}
+        collection = load_collection(root / source.path, source.split)
+        needed = {d for name in kept for d, grade in collection.judgements[name].items() if grade > 0}
+        chosen = _cut(collection.documents, needed, source)
+        known = {document.id for document in chosen}
+        documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in chosen]
+        for name in kept:
+            judged = collection.judgements[name]
+            qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
+        streams.append(list(names.values()))
+    return PreparedRL(recipe, documents, qrels, queries, dropped, _plan(streams, recipe))
+
+
+def _cut(documents: Sequence[Document], needed: set[str], source: Corpus) -> list[Document]:
+    if source.documents is None:
+        return list(documents)
+    ranked = sorted(documents, key=lambda document: document.id not in needed)  # stable
+    return ranked[: max(source.documents, len(needed))]
+
+
+def _plan(streams: Sequence[Sequence[str]], recipe: RLRecipe) -> list[str]:
+    """Query ids of every step: sources drawn by weight, each passed through in a new random order each time."""
+    rng = np.random.default_rng(recipe.seed)
+    weights = np.array([source.weight for source in recipe.sources])
+    order: list[list[str]] = [[] for _ in streams]
+    result = []
+    for turn in rng.choice(len(streams), recipe.steps * recipe.group.queries, p=weights / weights.sum()):
+        if not order[turn]:
+            order[turn] = [streams[turn][n] for n in rng.permutation(len(streams[turn]))]
+        result.append(order[turn].pop())
+    return result
+
+
+def train(
+    prepared: PreparedRL,
+    root: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    change: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    encoder: Encoder | None = None,
+) -> Path:
+    """Run, or resume, and write `output/model`, a plain checkpoint. Returns its path.
+
+    output holds run.json, metrics.jsonl, rollouts.jsonl and checkpoints, each with the state of the environment.
+    encoder: embeds documents in place of the policy. Raises TrainingError for a run that cannot start or go on, or that
+    a guard has stopped.
+    """
+    from search_r3.train.grpo import RetrievalGRPOTrainer, arguments
+
+    recipe = prepared.recipe
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        if state.is_main_process:
+            notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
+            claim(output, recipe.model_dump(), prepared.fingerprint, notes, resume, change)
+        model, tokenizer, manifest = load_model(recipe.model, output)
+        last = latest(output, [ENVIRONMENT])
+    settings = arguments(recipe, str(output), state.num_processes, progress)
+    model.to(settings.device)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    model.generation_config.eos_token_id = sorted({*ends, manifest.embed_token_id})
+    engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id)
+    model.train()
+    group, dtype = recipe.group, torch.bfloat16 if recipe.rollout_precision == "bfloat16" else torch.float32
+    policy = RolloutPolicy(engine, dtype, group.document_tokens, group.decode_rows)
+    shared: Encoder = encoder or policy
+    if state.num_processes > 1:
+        shared = ShardedEncoder(shared, state.process_index, state.num_processes, gather_object)
+    lengths = [len(ids) for ids in engine.plain_ids([d.content for d in prepared.documents])]
+    environment = RetrievalEnvironment(
+        prepared.documents,
+        prepared.qrels,
+        shared,
+        recipe.environment,
+        lengths=[min(length, group.document_tokens) + 1 for length in lengths],
+    )
+
+    def sample(queries: Sequence[str], seed: int, first_row: int) -> Any:
+        if recipe.backend == "ours":
+            return policy.sample(queries, recipe, seed, first_row)
+        return trainer.write(queries, seed, first_row)
+
+    rollouter = Rollouter(recipe, environment, prepared.queries, sample, gather_object, state.process_index)
+    stopper = _Guard(recipe.guards)
+    test = DevTest(policy.engine, recipe.dev, root)
+    from datasets import Dataset
+
+    trainer = RetrievalGRPOTrainer(
+        recipe=recipe,
+        engine=engine,
+        policy=policy,
+        rollouter=rollouter,
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": prepared.order}),
+        peft_config=_adapter(recipe),
+        callbacks=[Track(output / METRICS), stopper, *callbacks],
+    )
+    keeper = _Keeper(trainer, environment, output, last)
+    test.before = lambda: policy.sync(trainer.accelerator.unwrap_model(trainer.model))
+    test.log = partial(Trainer.log, trainer)  # TRL's own would empty its meters into this line
+    trainer.add_callback(keeper)
+    trainer.add_callback(test)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if stopper.reason:
+        raise TrainingError(
+            f"stopped at step {trainer.state.global_step}: {stopper.reason}; what was saved is in {output}"
+        )
+    if trainer.accelerator.is_main_process and not (output / FINAL).exists():
+        merged = trainer.accelerator.unwrap_model(trainer.model)
+        if recipe.lora is not None:
+            merged = merged.merge_and_unload()
+        merged.generation_config.eos_token_id = ends or None
+        save(
+            output / FINAL,
+            merged,
+            tokenizer,
+            manifest.prompts,
+            embed_token=manifest.embed_token,
+            max_tokens=manifest.max_tokens,
+            parent=Parent(source=recipe.model, weights_sha256=manifest.weights_sha256),
+        )
+    trainer.accelerator.wait_for_everyone()
+    return output / FINAL
+
+
+def _adapter(recipe: RLRecipe) -> Any:
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+class _Keeper(TrainerCallback):
+    """The environment's state beside each checkpoint, and the table of rollouts."""
+
+    def __init__(self, trainer: Any, environment: RetrievalEnvironment, output: Path, last: Path | None):
+        self.trainer, self.environment, self.output, self.last = trainer, environment, output, last
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.policy.sync(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        if self.last is None:
+            self.environment.reset()
+        else:
+            load_environment(self.environment, self.last / ENVIRONMENT)
+        table = self.output / TABLE
+        if state.is_world_process_zero and table.exists():
+            lines = [
+                line for line in table.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+            ]
+            table.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step), encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found, every = self.trainer.rollouts, self.trainer.recipe.table_every
+        if not state.is_world_process_zero or found is None or (state.global_step - 1) % every:
+            return
+        with (self.output / TABLE).open("a", encoding="utf-8") as file:
+            for episode, outcome, scored in zip(found.episodes, found.outcomes, found.scored, strict=True):
+                best = outcome.relevant[0]
+                file.write(
+                    dump(
+                        {
+                            "step": state.global_step,
+                            "query": episode.query,
+                            "reasoning": episode.reasoned.text,
+                            "status": episode.reasoned.status,
+                            "tokens": len(episode.reasoned.token_ids),
+                            "reward": scored.total,
+                            "reward_rank": scored.rank,
+                            "relevant": best.id,
+                            "rank": best.rank,
+                            "similarity": round(best.similarity, 4),
+                            "top": outcome.ranking[0],
+                        }
+                    )
+                )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_environment(self.environment, self.output / f"checkpoint-{state.global_step}" / ENVIRONMENT)
+
+
+def save_environment(environment: RetrievalEnvironment, path: Path) -> None:
+    """Write the environment's state in one step."""
+    state = environment.state_dict()
+    arrays = {name: np.ascontiguousarray(state.pop(name)) for name in ("vectors", "encoded")}
+    temporary = path.with_suffix(".tmp")
+    save_file(arrays, temporary, metadata={"state": json.dumps(state)})
+    temporary.replace(path)
+
+
+def load_environment(environment: RetrievalEnvironment, path: Path) -> None:
+    """Go on from `save_environment`. Raises StoreError for a damaged file or another environment's."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            state = json.loads(file.metadata()["state"]) | {n: file.get_tensor(n) for n in ("vectors", "encoded")}
+    except Exception as error:
+        raise StoreError(
+            f"{path}: not a readable state of an environment ({error}); resume from an older one"
+        ) from error
+    environment.load_state_dict(state)
+
+
+class _Guard(TrainerCallback):
+    """Stops a run, or halves its learning rate, when a limit is broken too many steps in a row."""
+
+    def __init__(self, guards: Guards):
+        self.guards, self.broken, self.reason = guards, dict.fromkeys(("format", "kl", "repeated"), 0), ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        guards, logs = self.guards, logs or {}
+        limits = {
+            "format": (logs.get("format_rate", 1.0), guards.least_format, "above"),
+            "kl": (logs.get("kl", 0.0), guards.most_kl, "below"),
+            "repeated": (logs.get("repeated", 0.0), guards.most_repeated, "below"),
+        }
+        advice = {
+            "format": "the policy does not end its reasonings with the embedding token; teach it to in stage 1 (a "
+            "source's `thoughts`), or raise reward.format_weight or group.reasoning_tokens",
+            "kl": "the policy has left the one it began with; lower learning_rate or raise objective.beta",
+            "repeated": "reasonings repeat themselves; look at rollouts.jsonl, lower learning_rate, or raise "
+            "objective.beta",
+        }
+        if "loss" not in logs:
+            return
+        for name, (value, limit, side) in limits.items():
+            bad = limit is not None and (value < limit if side == "above" else value > limit)
+            self.broken[name] = self.broken[name] + args.logging_steps if bad else 0
+            if self.broken[name] < guards.patience:
+                continue
+            self.broken[name] = 0
+            if guards.action == "halve":
+                scheduler = kwargs["lr_scheduler"]
+                scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+            else:
+                control.should_training_stop = control.should_save = True
+                self.reason = f"{name} was {value:.3g} for {guards.patience} steps, limit {limit:g}: {advice[name]}"

@@ -1,0 +1,164 @@
+"""What the runs of both stages share: the run's folder, its log, resuming, the test on small held-out sets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from search_r3.errors import CheckpointError, TrainingError
+from search_r3.evaluate.collection import Collection, load_collection
+from search_r3.evaluate.metrics import score_queries
+from search_r3.files import write_json
+from search_r3.model.checkpoint import Manifest, initialise, load, resolve
+from search_r3.model.engine import Engine
+from search_r3.model.reasoning import Sampling, reason
+from search_r3.train.config import Dev
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+FINAL = "model"
+STATE = "trainer_state.json"  # the Trainer writes it last
+
+
+def claim(output: Path, recipe: dict[str, Any], data: str, notes: dict[str, Any], resume: bool, change: bool) -> None:
+    """Start a new run folder, or check that an old one may go on with this recipe and data.
+
+    notes: what else run.json tells. Raises TrainingError for a folder that is taken, or another run's.
+    """
+    path = output / RUN
+    if not path.exists():
+        if output.exists() and any(output.iterdir()):
+            raise TrainingError(f"{output}: not empty and not a run; give a new folder")
+        output.mkdir(parents=True, exist_ok=True)
+    elif not resume:
+        raise TrainingError(f"{output}: holds a run; go on with --resume, or give a new folder")
+    else:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old, old_data = before["recipe"], before["data"]
+        except (ValueError, KeyError) as error:
+            raise TrainingError(f"{path}: damaged ({error}); give a new folder") from error
+        if old_data != data:
+            raise TrainingError(f"{output}: the training data changed since this run began; restore it, or start anew")
+        if old != recipe and not change:
+            raise TrainingError(
+                f"{output}: the recipe changed since this run began: {'; '.join(_differences(old, recipe))}; "
+                "restore it, start anew, or resume with --allow-change"
+            )
+    write_json(path, {"recipe": recipe, "data": data, **notes})
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
+    return [] if old == new else [f"{place} was {old}, is {new}"]
+
+
+def latest(output: Path, needed: Sequence[str] = ()) -> Path | None:
+    """The newest complete checkpoint; what a kill left half-written is removed. needed: files it must also hold."""
+    for folder in sorted(output.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if all((folder / name).exists() for name in needed):
+                return folder
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(folder)
+    return None
+
+
+def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
+    """The model in float32; one without an embedding token is given one first."""
+    folder = resolve(name)
+    try:
+        return load(folder)
+    except CheckpointError as error:
+        if "search-r3 init" not in str(error):
+            raise
+    prepared = output / "initial"
+    if not prepared.exists():
+        initialise(folder, prepared)
+    return load(prepared)
+
+
+class Track(TrainerCallback):
+    """metrics.jsonl: one line a log; lines of steps that are done again after a kill are dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = (line for line in lines if line.endswith("\n"))
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class DevTest(TrainerCallback):
+    """nDCG@10 on small held-out sets before, while and after training. before: called ahead of every test."""
+
+    def __init__(self, engine: Engine, dev: Dev, root: Path, before: Callable[[], None] = lambda: None):
+        self.engine, self.dev, self.before = engine, dev, before
+        self.sets = [cut(load_collection(root / name), dev) for name in dev.sets]
+        self.log: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._run()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.dev.every == 0 or state.global_step == state.max_steps:
+            due = control.should_log
+            self._run()
+            control.should_log = due  # logging the test must not stand in for logging the step
+
+    def _run(self) -> None:
+        if not self.sets:
+            return
+        self.before()
+        was = self.engine.model.training
+        self.engine.model.eval()
+        scored = {found.name: self._score(found) for found in self.sets}
+        self.engine.model.train(was)
+        figures = {f"dev_{name}{mode}": value for name, values in scored.items() for mode, value in values.items()}
+        for mode in next(iter(scored.values())):
+            figures[f"dev_ndcg10{mode}"] = float(np.mean([values[mode] for values in scored.values()]))
+        self.log(figures)
+
+    def _score(self, collection: Collection) -> dict[str, float]:
+        """By mode: "" without reasoning, "_reason" with it."""
+        engine, texts = self.engine, [query.text for query in collection.queries]
+        documents = engine.encode(engine.tails([d.content for d in collection.documents], "embed", 128), "embed")
+        vectors = {"": engine.encode(engine.tails(texts, "embed", 64), "embed")}
+        if self.dev.reason:
+            thought = reason(engine, engine.tails(texts, "reason", 64), Sampling(self.dev.reason), batch_rows=64)
+            vectors["_reason"] = np.stack([found.vector for found in thought])
+        found = {}
+        for mode, queries in vectors.items():
+            run = {
+                query.id: {collection.documents[n].id: float(row[n]) for n in np.argsort(-row)[:100]}
+                for query, row in zip(collection.queries, queries @ documents.T, strict=True)
+            }
+            found[mode] = float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
+        return found
+
+
+def cut(collection: Collection, dev: Dev) -> Collection:
+    queries = collection.queries[: dev.queries]
+    judgements = {query.id: collection.judgements[query.id] for query in queries}
+    relevant = {name for judged in judgements.values() for name in judged}
+    ranked = sorted(collection.documents, key=lambda document: document.id not in relevant)  # stable
+    size = max(dev.documents, sum(document.id in relevant for document in ranked))
+    return Collection(collection.name, ranked[:size], queries, judgements, collection.skipped)

@@ -1,0 +1,322 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from search_r3 import SearchR3
+from search_r3.environment import Outcome, Relevant
+from search_r3.errors import StoreError, TrainingError
+from search_r3.records import Episode, Reasoned, Status
+from search_r3.train import rewards
+from search_r3.train.config import Reward, RLRecipe
+from search_r3.train.grpo import RetrievalGRPOTrainer
+from search_r3.train.reinforce import ENVIRONMENT, TABLE, prepare, train
+from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
+from search_r3.train.run import METRICS
+from tests.train.test_supervised import assert_equal, weights
+
+
+def build(base, **changes):
+    """A recipe of a few seconds on the tiny model."""
+    values = {
+        "model": str(base),
+        "sources": [{"path": "train", "limit": 12}],
+        "steps": 4,
+        "group": {
+            "queries": 2,
+            "samples": 4,
+            "micro": 4,
+            "query_tokens": 16,
+            "document_tokens": 24,
+            "reasoning_tokens": 6,
+        },
+        "environment": {"budget": 0.4, "depth": 5, "k": 5, "audit_every": 2},
+        "learning_rate": 1e-3,
+        "objective": {"beta": 0.05, "info_nce": 0.2},
+        "lora": {"r": 4, "alpha": 8},
+        "save_every": 2,
+        "table_every": 1,
+    }
+    for name, value in changes.items():
+        values[name] = values[name] | value if isinstance(values.get(name), dict) and isinstance(value, dict) else value
+    return RLRecipe.model_validate(values)
+
+
+@pytest.fixture
+def rl(base):
+    return lambda **changes: build(base, **changes)
+
+
+def run(recipe, root, output, **options):
+    return train(prepare(recipe, root), root, output, progress=False, **options)
+
+
+def log(output):
+    lines = [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def first_step(recipe, root, output, monkeypatch):
+    """Loss and gradients of the first optimiser step, accumulated over its parts."""
+    found = {"loss": 0.0}
+    original = RetrievalGRPOTrainer.training_step
+
+    def step(self, model, inputs, num_items_in_batch=None):
+        found["loss"] += original(self, model, inputs, num_items_in_batch).item()
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            raise StopIteration
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(RetrievalGRPOTrainer, "training_step", step)
+    with pytest.raises(StopIteration):
+        run(recipe, root, output)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("variant", ["dapo", "grpo"])
+def test_accumulation_changes_no_gradient(rl, root, tmp_path, monkeypatch, variant):
+    whole, parts = (
+        first_step(rl(group={"micro": micro}, objective={"variant": variant}), root, tmp_path / str(micro), monkeypatch)
+        for micro in (8, 1)
+    )
+    assert whole.keys() == parts.keys()
+    assert len(whole) > 10
+    scale = max(value.abs().max().item() for name, value in whole.items() if name != "loss")
+    assert scale > 0
+    for name in whole.keys() - {"loss"}:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-5 * scale, rtol=0)
+
+
+def test_the_packed_pass_agrees_with_the_rollout_and_with_trl(rl, root, tmp_path, monkeypatch):
+    """Log-probabilities and vectors of the trainer are those that decoding gave, and TRL's own on finished rows."""
+    found = {}
+    original = RetrievalGRPOTrainer._compute_loss
+
+    def compare(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        width = inputs["completion_ids"].shape[1]
+        with torch.no_grad():
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(model, ids, mask, width)
+            vectors = self._vectors
+            theirs = super(RetrievalGRPOTrainer, self)._get_per_token_logps_and_entropies(
+                model, ids, mask, width, compute_entropy=True
+            )
+        for line, number in enumerate(inputs["rollout"].tolist()):
+            reasoned = self.rollouts.episodes[number].reasoned
+            count = len(reasoned.token_ids)
+            torch.testing.assert_close(logps[line, :count], torch.tensor(reasoned.logprobs), atol=1e-4, rtol=0)
+            torch.testing.assert_close(vectors[line], torch.tensor(reasoned.vector), atol=1e-5, rtol=0)
+            torch.testing.assert_close(logps[line, :count], theirs[0][line, :count], atol=1e-4, rtol=0)
+            torch.testing.assert_close(entropies[line, :count], theirs[1][line, :count], atol=1e-4, rtol=0)
+            found[reasoned.status] = found.get(reasoned.status, 0) + 1
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(RetrievalGRPOTrainer, "_compute_loss", compare)
+    run(rl(steps=3, learning_rate=1e-2, group={"reasoning_tokens": 40, "micro": 8}), root, tmp_path / "run")
+    assert sum(found.values()) == 24
+    assert found[Status.FORCED] > 0
+
+
+def test_a_run_logs_what_matters_and_ends_in_a_plain_checkpoint(rl, root, tmp_path):
+    folder = run(rl(dev={"sets": ["train"], "every": 2, "reason": 4}), root, tmp_path / "run")
+    assert SearchR3.from_pretrained(folder).reason(["a query"], max_new_tokens=3)[0].vector.shape == (32,)
+    lines = log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = "reward reward_rank reward_rank_spread zero_spread format_rate forced_rate length kl entropy info_nce "
+    wanted += "anisotropy environment_age_mean environment_tokens repeated grad_norm"
+    assert set(wanted.split()) <= lines[0].keys()
+    assert "environment_audit_reward_error" in lines[-1]
+    dev = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines() if "dev_ndcg10" in line]
+    assert [line["step"] for line in dev] == [0, 2, 4]
+    assert "dev_ndcg10_reason" in dev[0]
+    table = [json.loads(line) for line in (tmp_path / "run" / TABLE).read_text().splitlines()]
+    assert len(table) == 4 * 8
+    assert {"query", "reasoning", "reward", "rank", "top"} <= table[0].keys()
+
+
+def key_reward(episode, outcome):
+    """1 where the relevant document comes first."""
+    return float(outcome.relevant[0].rank == 1)
+
+
+class Keys:
+    """Documents stand at the corners of a cube of 4 dimensions; see `test_it_learns_for_the_stated_reason`."""
+
+    def encode_documents(self, documents):
+        return np.eye(4, 32, dtype=np.float32)[[int(document.id.split("d")[-1]) % 4 for document in documents]]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_it_learns_for_the_stated_reason(rl, root, tmp_path, monkeypatch, shuffled):
+    """Only the right word makes the vector find its document; with rewards shuffled nothing can be learnt."""
+    original = RolloutPolicy.sample
+
+    def sample(self, queries, recipe, seed, first_row):
+        keyed = []
+        for one in original(self, queries, recipe, seed, first_row):
+            vector = np.eye(4, 32, dtype=np.float32)[one.token_ids[0] % 4]
+            keyed.append(Reasoned(one.text, vector, one.token_ids, one.logprobs, one.status))
+        return keyed
+
+    monkeypatch.setattr(RolloutPolicy, "sample", sample)
+    recipe = rl(
+        steps=60, sources=[{"path": "train", "limit": 1, "documents": 4}], learning_rate=5e-3, lora=None,
+        group={"queries": 4, "samples": 8, "micro": 32, "reasoning_tokens": 2}, save_every=1000,
+        environment={"k": 1, "policy": "frozen"},
+        reward={"rank": f"{__name__}:key_reward", "format_weight": 0, "shuffle": shuffled},
+        objective={"beta": 0, "info_nce": 0},
+    )  # fmt: skip
+    run(recipe, root, tmp_path / "run", encoder=Keys())
+    seen = [line["reciprocal_rank"] for line in log(tmp_path / "run")]
+    first = np.mean([r == 1 for r in seen[:1]])
+    assert first < 1
+    right = [2 * value - 1 for value in seen]  # rank 1 or 2: the share that came first
+    assert np.mean(right[:3]) < 0.6
+    assert (np.mean(right[-5:]) > 0.9) == (not shuffled)
+
+
+def test_a_killed_run_resumes_to_the_same_curve(rl, root, tmp_path):
+    recipe = rl(steps=12)
+    straight = run(recipe, root, tmp_path / "straight")
+    file, broken = tmp_path / "recipe.yaml", tmp_path / "broken"
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    command = [sys.executable, "-m", "search_r3", "train", "rl", str(file), "--data", str(root), "-o", str(broken)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (broken / "checkpoint-4" / ENVIRONMENT).exists():
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    half = broken / "checkpoint-99"  # what a kill while saving leaves: no state of the environment
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{}")
+    resumed = run(recipe, root, broken, resume=True)
+    assert not half.exists()
+    assert_equal(weights(straight), weights(resumed), 1e-6)
+    for one, other in zip(log(tmp_path / "straight"), log(broken), strict=True):
+        for name in ("loss", "reward", "kl", "environment_age_mean", "environment_tokens"):
+            assert one[name] == pytest.approx(other[name], abs=1e-6), name
+
+
+def test_two_processes_equal_one(rl, root, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(rl(group={"micro": 4}).model_dump()))
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command += ["-m", "search_r3", "train", "rl", str(file), "--data", str(root)]
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
+
+
+def test_resuming_with_other_rewards_or_another_environment_is_refused(rl, root, tmp_path):
+    run(rl(), root, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"reward\.rank was dcg, is margin"):
+        run(rl(reward={"rank": "margin"}), root, tmp_path / "run", resume=True)
+    with pytest.raises(TrainingError, match=r"environment\.policy was read_repair\+drift, is frozen"):
+        run(rl(environment={"policy": "frozen"}), root, tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoint-4" / ENVIRONMENT).write_bytes(b"damaged")
+    with pytest.raises(StoreError, match="resume from an older one"):
+        run(rl(), root, tmp_path / "run", resume=True)
+
+
+def none(episode, outcome):
+    return None
+
+
+def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
+    with pytest.raises(TrainingError, match=r"all rewards are None.*reward\.rank"):
+        run(rl(reward={"rank": f"{__name__}:none"}), root, tmp_path / "none")
+    guards = {"patience": 2, "least_format": 1.0}
+    with pytest.raises(TrainingError, match=r"stopped at step 2: format was .*`thoughts`"):
+        run(rl(guards=guards), root, tmp_path / "format")
+    assert (tmp_path / "format" / "checkpoint-2" / ENVIRONMENT).exists()
+    for name in ("nope", "nope.nope:nope"):
+        with pytest.raises(TrainingError, match=r"reward\.rank: nope"):
+            prepare(rl(reward={"rank": name}), root)
+
+
+def test_a_guard_can_halve_the_rate(rl, root, tmp_path):
+    run(rl(guards={"patience": 2, "least_format": 1.0, "action": "halve"}), root, tmp_path / "run")
+    rates = [line["learning_rate"] for line in log(tmp_path / "run")]
+    assert rates[-1] == pytest.approx(rates[0] / 2)
+
+
+def test_groups_without_a_spread_are_replaced(rl, root):
+    prepared = prepare(rl(guards={"resample": 2}), root)
+    asked = []
+
+    def sample(queries, seed, first_row):
+        asked.append(list(queries))
+        good = len(asked) > 1
+        reasoned = []
+        for _ in queries:
+            for n in range(4):
+                vector = np.eye(4, 32, dtype=np.float32)[n if good else 0]
+                reasoned.append(Reasoned("text", vector, (5, 6), (0.0, 0.0), Status.FORCED))
+        return reasoned
+
+    from search_r3.environment import RetrievalEnvironment
+
+    environment = RetrievalEnvironment(prepared.documents, prepared.qrels, Keys(), prepared.recipe.environment)
+    environment.reset()
+    found = Rollouter(prepared.recipe, environment, prepared.queries, sample)(prepared.order[:2], 1)
+    assert [len(one) for one in asked] == [2, 2]
+    assert found.resampled == 2
+    assert [episode.query for episode in found.episodes[::4]] == asked[1]
+
+
+def test_text_from_another_backend_gets_its_vector_from_one_pass(rl, root, tmp_path):
+    run(rl(backend="trl", steps=2), root, tmp_path / "run")
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2]
+
+
+def episode(tokens=10, status=Status.FINISHED, text="words", limit=20):
+    reasoned = Reasoned(text, np.ones(2, np.float32), tuple(range(tokens)), (0.0,) * tokens, status)
+    return Episode("q", "query", reasoned, limit)
+
+
+def outcome(rank, similarity=0.5, negative=0.4, corpus=100):
+    relevant = (Relevant("d", 1, rank, similarity, True),) if rank else ()
+    return Outcome("q", ("d",), np.array([similarity], np.float32), relevant, negative, corpus, 1.0)
+
+
+def test_rewards_by_hand():
+    assert rewards.log_rank(episode(), outcome(10)) == pytest.approx(0.5)
+    assert rewards.log_rank(episode(), outcome(1)) == 1
+    assert rewards.dcg(episode(), outcome(3)) == pytest.approx(0.75 / 2)
+    assert rewards.margin(episode(), outcome(10)) == pytest.approx(0.4 * 0.75 + 0.6 * 0.5)
+    assert rewards.margin(episode(), outcome(1, 0.9, 0.1)) == pytest.approx(1)
+    assert rewards.log_rank(episode(), outcome(0)) is None
+    assert rewards.dcg(episode(), outcome(0)) is None
+    assert rewards.margin(episode(), outcome(0)) is None
+    assert rewards.format(episode()) == 1
+    assert rewards.format(episode(status=Status.FORCED)) == 0
+    assert rewards.format(episode(text="")) == 0
+    assert [rewards.length(episode(n), 4, 10) for n in (2, 4, 10, 15, 20)] == [0.5, 1, 1, 0.5, 0]
+    scored = rewards.Scorer(Reward(rank="log_rank", format_weight=0.2, length_weight=0.1, least_tokens=20))
+    assert scored(episode(), outcome(10)).total == pytest.approx(0.5 + 0.2 + 0.05)
+    assert scored(episode(), outcome(0)).total is None
+
+
+def test_repetition_is_seen():
+    assert repeated("one two three four") == 0
+    assert repeated("a b c " * 10) > 0.8
+    assert repeated("") == 0
+
+
+def test_impossible_sizes_are_refused(rl):
+    with pytest.raises(ValueError, match="must divide the 8 rollouts"):
+        rl(group={"micro": 3})
+    with pytest.raises(ValueError, match="nothing rewards"):
+        rl(reward={"rank_weight": 0}, objective={"info_nce": 0})
