@@ -31,12 +31,12 @@ POLICIES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
     ("frozen", {"policy": "frozen"}, (0.05,)),
     ("full", {"policy": "full"}, (0.05,)),
     ("in_batch", {"policy": "in_batch"}, (0.05,)),
-    ("random", {"policy": "random"}, BUDGETS),
-    ("random, calibrated", {"policy": "random", "calibrate": True}, BUDGETS),
+    ("random", {"policy": "random", "calibrate": False}, BUDGETS),
+    ("random, calibrated", {"policy": "random"}, BUDGETS),
     ("local", {"policy": "local"}, BUDGETS),
     ("read_repair", {"policy": "read_repair"}, BUDGETS),
     (DEFAULT, {"policy": DEFAULT}, BUDGETS),
-    (f"{DEFAULT}, calibrated", {"policy": DEFAULT, "calibrate": True}, BUDGETS),
+    (f"{DEFAULT}, not calibrated", {"policy": DEFAULT, "calibrate": False}, BUDGETS),
     (f"{DEFAULT}, graph", {"policy": DEFAULT, "index": "graph"}, (0.05,)),
 ]
 
@@ -296,8 +296,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.plot([max(r["cost_share"], 1e-3) for r in lines], [r["reward_error"] for r in lines], "o-", label=policy)
     axes.set(xscale="log", xlabel="tokens encoded a step, share of the corpus", ylabel="reward error")
     axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 

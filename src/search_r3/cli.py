@@ -34,7 +34,7 @@ from search_r3.cli_common import (
     out,
     print_json,
 )  # fmt: skip
-from search_r3.cli_train import bootstrap, mine, plot, train
+from search_r3.cli_train import bootstrap, mine, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
@@ -535,11 +535,11 @@ def doctor(json_: Json = False) -> None:
         "cache": str(home),
         "free disk (GB)": round(shutil.disk_usage(existing).free / 1e9, 1),
     }
-    for package in ("search-r3", "torch", "transformers", "tokenizers", "numpy"):
+    for name in ("search-r3", "torch", "transformers", "tokenizers", "numpy"):
         try:
-            facts[package] = version(package)
+            facts[name] = version(name)
         except PackageNotFoundError:
-            facts[package] = None
+            facts[name] = None
     problem = None
     try:
         from search_r3.demo import self_check
@@ -560,4 +560,5 @@ def doctor(json_: Json = False) -> None:
 app.add_typer(train, name="train")
 app.command()(mine)
 app.command()(bootstrap)
+app.command()(package)
 app.command()(plot)

@@ -176,6 +176,12 @@ def bootstrap(
     device: Device = None,
     split: Annotated[str, typer.Option(help="Which judgements.")] = "train",
     limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Cut the corpus to so many documents, the relevant ones first.", min=1)
+    ] = None,
+    writer: Annotated[
+        str | None, typer.Option(help="Checkpoint that writes the enrichments in place of --checkpoint, e.g. 'base'.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Enrichments of each query.", min=1)] = 4,
     temperature: Annotated[float, typer.Option(help="Of the sampling.", min=0.01)] = 0.8,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one.", min=1)] = 48,
@@ -192,12 +198,31 @@ def bootstrap(
     if not output.parent.is_dir():
         raise DataError(f"--output {output}: its folder does not exist")
     model = load_model(checkpoint, precision, device)
+    teacher = load_model(writer, precision, device) if writer else None
     from search_r3.train.bootstrap import Sampling
     from search_r3.train.bootstrap import bootstrap as sample
 
     how = Sampling(samples, temperature, max_new_tokens, seed, not keep_all)
     with interruptible(f"what was found is in {output}; the same command goes on"):
-        report = sample(model, dataset, output, how, split=split, limit=limit)
+        report = sample(model, dataset, output, how, split=split, limit=limit, documents=documents, writer=teacher)
+    print_json(report) if json_ else out.print_json(data=report)
+
+
+def package(
+    checkpoint: Annotated[str, typer.Argument(help="Trained checkpoint folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Adapter folder to write.")],
+    base: Annotated[str, typer.Option(help="What it was trained from.")] = "base",
+    rank: Annotated[int, typer.Option(help="Of the adapter: its size.", min=1)] = 24,
+    json_: Json = False,
+) -> None:
+    """Turn a trained checkpoint into a small adapter on its base.
+
+    Example:  search-r3 package runs/rl/model -o my-adapter
+    """
+    from search_r3.train.package import extract_adapter
+
+    with err.status("extracting"):
+        report = extract_adapter(checkpoint, base, output, rank)
     print_json(report) if json_ else out.print_json(data=report)
 
 

@@ -288,12 +288,12 @@ def test_ranks_beyond_a_graphs_proposals_are_estimated(monkeypatch):
 
 def test_calibration_lets_stale_rows_compete_fairly():
     rng = np.random.default_rng(0)
-    true = rng.uniform(-0.2, 0.9, (6, 200))
-    ages = rng.integers(1, 4, 200)
-    stale = 0.2 * ages + 0.6 * true + 0.02 * rng.normal(size=true.shape)
-    calibration = fit_calibration(stale[:, :120], true[:, :120], ages[:120], rng)
-    assert np.abs(calibration(stale[:, 120:], ages[120:]) - true[:, 120:]).mean() < 0.05
-    np.testing.assert_allclose(calibration(stale, np.zeros(200, int)), stale, atol=1e-6)
+    true = rng.uniform(-0.2, 0.9, (6, 300))
+    ages = rng.integers(1, 4, 300)
+    stale = true - 0.1 * ages + 0.01 * rng.normal(size=true.shape)
+    calibration = fit_calibration(stale[:, :200], true[:, :200], ages[:200], rng)
+    assert np.abs(calibration(stale[:, 200:], ages[200:]) - true[:, 200:]).mean() < 0.02
+    np.testing.assert_allclose(calibration(stale, np.zeros(300, int)), stale, atol=1e-6)
     assert fit_calibration(true, true, ages, rng) is None
     assert fit_calibration(stale[:, :20], true[:, :20], ages[:20], rng) is None
 

@@ -1,7 +1,9 @@
 """Fair competition between fresh and stale rows. (ours)
 
 A stale row's cosine with a query is what it was worth to older weights. The rows of the uniform sample, scored before
-and after they were encoded again, show what such cosines are worth now: one line for each range of ages.
+and after they were encoded again, show by how much such cosines are off. Only those near the top matter for a ranking,
+so the shift is measured there; a line through all cosines instead was measured to do harm, for it pulls high stale
+cosines towards the mean.
 """
 
 from __future__ import annotations
@@ -11,34 +13,33 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST_ROWS = 40
-RANGES = 3
+RANGES = 3  # of ages
+TOP = 0.05  # share of the sampled rows that counts as the top of a rollout's ranking
+LEAST_TOP = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """fresh cosine = offset + slope * stale cosine, by age."""
+    """fresh cosine = stale cosine + shift, by age."""
 
     edges: np.ndarray
     """(r - 1,) ages that separate the ranges."""
-    offsets: np.ndarray
-    """(r,)."""
-    slopes: np.ndarray
-    """(r,)."""
+    shifts: np.ndarray
+    """(r,) in cosine."""
 
     def __call__(self, scores: np.ndarray, ages: np.ndarray) -> np.ndarray:
         """Calibrated cosines, (Q, n); rows of age 0 keep theirs. ages: (n,)."""
-        group = np.searchsorted(self.edges, ages, side="left")
-        moved = self.offsets[group] + self.slopes[group] * scores
-        return np.where(ages == 0, scores, moved).astype(np.float32)
+        shift = np.where(ages == 0, 0.0, self.shifts[np.searchsorted(self.edges, ages)])
+        return (scores + shift).astype(np.float32)
 
 
 def fit_calibration(
     stale: np.ndarray, fresh: np.ndarray, ages: np.ndarray, rng: np.random.Generator
 ) -> Calibration | None:
-    """Lines through the sample's cosines, or None where held-out rows are no nearer to the truth for them.
+    """Shifts from the sample's cosines, or None where held-out rows are no nearer to the truth for them.
 
     stale, fresh: (Q, n) cosines of this step's rollouts with n sampled rows before and after these were encoded again.
-    ages: (n,). Half of the rows are held out; the gain must exceed two standard errors.
+    ages: (n,). Half of the rows are held out.
     """
     count = stale.shape[1]
     if count < LEAST_ROWS:
@@ -46,25 +47,29 @@ def fit_calibration(
     order = rng.permutation(count)
     train, test = order[: count // 2], order[count // 2 :]
     tried = _fit(stale[:, train], fresh[:, train], ages[train])
-    gain = ((stale - fresh)[:, test] ** 2 - (tried(stale[:, test], ages[test]) - fresh[:, test]) ** 2).mean(axis=0)
-    if gain.mean() <= 2 * gain.std(ddof=1) / np.sqrt(len(test)):
-        return None
-    return _fit(stale, fresh, ages)
+    rows = _top(stale[:, test], fresh[:, test])
+    before = np.take_along_axis(fresh[:, test] - stale[:, test], rows, 1)
+    after = np.take_along_axis(fresh[:, test] - tried(stale[:, test], ages[test]), rows, 1)
+    return _fit(stale, fresh, ages) if (after**2).mean() < (before**2).mean() else None
 
 
 def _fit(stale: np.ndarray, fresh: np.ndarray, ages: np.ndarray) -> Calibration:
     edges = np.unique(np.quantile(ages, np.arange(1, RANGES) / RANGES))
-    group = np.searchsorted(edges, ages, side="left")
-    offsets, slopes = np.zeros(len(edges) + 1), np.ones(len(edges) + 1)
-    everyone = _line(stale, fresh)
-    for number in range(len(slopes)):
+    group = np.searchsorted(edges, ages)
+    everyone = _shift(stale, fresh)
+    shifts = np.full(len(edges) + 1, everyone)
+    for number in range(len(shifts)):
         rows = group == number
-        slopes[number], offsets[number] = (
-            _line(stale[:, rows], fresh[:, rows]) if rows.sum() >= LEAST_ROWS // 4 else everyone
-        )
-    return Calibration(edges, offsets, slopes)
+        if rows.sum() >= LEAST_ROWS // 2:
+            shifts[number] = _shift(stale[:, rows], fresh[:, rows])
+    return Calibration(edges, shifts)
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / max(((x - x.mean()) ** 2).sum(), 1e-12))
-    return slope, float(y.mean() - slope * x.mean())
+def _shift(stale: np.ndarray, fresh: np.ndarray) -> float:
+    return float(np.take_along_axis(fresh - stale, _top(stale, fresh), 1).mean())
+
+
+def _top(stale: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """The rows near the top of each rollout's ranking before or after: chosen by either alone, the shift would lean."""
+    k = min(stale.shape[1], max(LEAST_TOP, int(TOP * stale.shape[1])))
+    return np.argpartition(-np.maximum(stale, fresh), k - 1, axis=1)[:, :k]

@@ -30,8 +30,8 @@ class EnvironmentConfig(BaseModel):
     """Of the stored vectors."""
     drift_rank: int = Field(default=64, ge=1)
     """Rank of the drift map."""
-    calibrate: bool = False
-    """Map the cosines of stale rows to what the sample says they would be fresh; only for policies that sample."""
+    calibrate: bool = True
+    """Shift the cosines of stale rows by what the sample says; only for policies that sample."""
     audit_every: int = Field(default=0, ge=0)
     """Steps between audits; 0: only when asked."""
     error_bound: float | None = Field(default=None, gt=0)

@@ -60,3 +60,15 @@ def load_collection(folder: str | Path, split: str = "test", limit: int | None =
     if not any(known & judgements[query.id].keys() for query in kept):
         raise DataError(f"{needed[2]}: no judged document is in {needed[0]}; do the files belong together?")
     return Collection(root.resolve().name, documents, kept, {q.id: judgements[q.id] for q in kept}, skipped)
+
+
+def cut(collection: Collection, queries: int | None, documents: int | None) -> Collection:
+    """The first queries, and the documents relevant to them, then the first others up to so many; None keeps all."""
+    kept = collection.queries[:queries]
+    judgements = {query.id: collection.judgements[query.id] for query in kept}
+    relevant = {name for judged in judgements.values() for name in judged}
+    ranked = collection.documents
+    if documents is not None:
+        ranked = sorted(ranked, key=lambda document: document.id not in relevant)  # stable
+        ranked = ranked[: max(documents, sum(document.id in relevant for document in ranked))]
+    return Collection(collection.name, ranked, kept, judgements, collection.skipped)

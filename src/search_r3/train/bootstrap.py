@@ -7,6 +7,7 @@ kept, and stage 1 learns to write such. No teacher model is needed.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from search_r3.errors import DataError
-from search_r3.evaluate.collection import load_collection
+from search_r3.evaluate.collection import cut, load_collection
 from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
+from search_r3.records import Reasoned, Status
 from search_r3.train.data import dump
 
 BLOCK = 16  # queries sampled, ranked and written at once
@@ -46,41 +48,48 @@ def bootstrap(
     *,
     split: str = "train",
     limit: int | None = None,
+    documents: int | None = None,
+    writer: SearchR3 | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Append a record `{"query_id", "thought", "rank", "direct_rank", "ranks"}` a query to a JSONL file.
 
-    Ranks are of the best relevant document within the whole corpus; `thought` is null where nothing is kept. A file
-    that holds records is gone on with: what an interruption left is not done again. Returns counts and mean ranks.
+    documents: cut the corpus to so many, the relevant ones first. writer: the model that writes the enrichments; by
+    default the one that embeds after them. Ranks are of the best relevant document within the corpus; `thought` is null
+    where nothing is kept. A file that holds records is gone on with: what an interruption left is not done again.
+    Returns counts and mean ranks.
     """
-    collection = load_collection(folder, split, limit)
+    collection = cut(load_collection(folder, split, limit), None, documents)
     done = _done(output)
     todo = [query for query in collection.queries if query.id not in done]
     rows = {document.id: row for row, document in enumerate(collection.documents)}
     if todo:
-        documents = model.encode_documents(collection.documents, progress=progress)
+        stored = model.encode_documents(collection.documents, progress=progress)
     with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
         for start in range(0, len(todo), BLOCK):
             block = todo[start : start + BLOCK]
             texts = [query.text for query in block]
             direct = model.encode_queries(texts)
-            reasoned = model.reason(
+            reasoned = (writer or model).reason(
                 texts,
                 max_new_tokens=how.max_new_tokens,
                 temperature=how.temperature,
                 seed=how.seed + start + len(done),
                 samples=how.samples,
+                batch_rows=BLOCK * how.samples,
             )
+            thoughts = [_whole(sample) for sample in reasoned]
+            repeated = [text for text in texts for _ in range(how.samples)]
+            vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
             for number, query in enumerate(block):
-                mine = reasoned[number * how.samples : (number + 1) * how.samples]
+                mine = slice(number * how.samples, (number + 1) * how.samples)
                 judged = collection.judgements[query.id]
                 relevant = [rows[name] for name, score in judged.items() if score > 0 and name in rows]
                 if not relevant:
                     continue
-                vectors = np.stack([direct[number], *(sample.vector for sample in mine)])
-                before, *ranks = _ranks(vectors, documents, relevant)
+                before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant)
                 best = int(np.argmin(ranks))
-                kept = mine[best].text.strip() if ranks[best] < before or not how.only_better else None
+                kept = thoughts[mine][best] if ranks[best] < before or not how.only_better else None
                 record = {"query_id": query.id, "thought": kept or None, "rank": ranks[best], "direct_rank": before}
                 file.write(dump(record | {"ranks": ranks}))
             file.flush()
@@ -92,6 +101,14 @@ def bootstrap(
         "mean_reciprocal_rank": _mean_reciprocal(records, "rank"),
         "mean_reciprocal_rank_direct": _mean_reciprocal(records, "direct_rank"),
     }
+
+
+def _whole(sample: Reasoned) -> str:
+    """A reasoning's text; one that ran out of tokens is cut back to its last whole sentence, where it has one."""
+    text = sample.text.strip()
+    if sample.status is Status.FORCED and (ends := list(re.finditer(r"[.!?](?=\s)|\n", text + " "))):
+        return text[: ends[-1].end()].strip()
+    return text
 
 
 def _ranks(vectors: np.ndarray, documents: np.ndarray, relevant: list[int]) -> list[int]:

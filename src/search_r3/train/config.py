@@ -38,6 +38,8 @@ class Source(Strict):
     """JSONL of mined negatives (`search-r3 mine`), for BEIR folders."""
     thoughts: str | None = None
     """JSONL of reasonings (`search-r3 bootstrap`, or written by a teacher)."""
+    only_thoughts: bool = False
+    """Leave out examples without a reasoning."""
 
 
 class Lora(Strict):

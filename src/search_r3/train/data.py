@@ -154,7 +154,10 @@ def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
         examples = _from_records(str(root / source.path))
     thoughts = _thoughts(root / source.thoughts) if source.thoughts else {}
     for example in examples:
-        yield replace(example, thought=thoughts[example.id]) if example.id in thoughts else example
+        if example.id in thoughts:
+            yield replace(example, thought=thoughts[example.id])
+        elif example.thought or not source.only_thoughts:
+            yield example
 
 
 def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:

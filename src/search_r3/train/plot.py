@@ -8,13 +8,27 @@ from pathlib import Path
 from search_r3.errors import TrainingError
 from search_r3.train.run import METRICS
 
-PANELS = (
+SUPERVISED = (
     ("loss", ("loss",)),
     ("terms", ("info_nce", "triplet", "sft", "kl")),
     ("dev nDCG@10", ("dev_",)),
     ("spread", ("anisotropy", "uniformity")),
     ("learning rate", ("learning_rate",)),
     ("tokens a second", ("tokens_per_s",)),
+)
+REINFORCED = (
+    ("reward", ("reward", "reward_rank", "reciprocal_rank")),
+    ("spread in groups", ("reward_rank_spread", "zero_spread")),
+    ("dev nDCG@10", ("dev_",)),
+    ("what is written", ("format_rate", "forced_rate", "repeated")),
+    ("length", ("length",)),
+    ("KL", ("kl",)),
+    ("entropy", ("entropy",)),
+    ("InfoNCE", ("info_nce",)),
+    ("age of the index", ("environment_age_mean", "environment_age_max")),
+    ("audits: reward error", ("environment_audit_reward_error",)),
+    ("audits: rank correlation", ("environment_audit_spearman", "environment_audit_recall_10")),
+    ("anisotropy", ("anisotropy",)),
 )
 
 
@@ -41,11 +55,17 @@ def plot(run: Path, image: Path) -> None:
     except ImportError:
         raise TrainingError("plots need the 'train' extra: pip install 'search-r3[train]'") from None
     series = read_metrics(run)
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    panels = REINFORCED if "reward" in series else SUPERVISED
+    figure = Figure(figsize=(12, 3.2 * len(panels) / 3), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
         for name, (steps, values) in series.items():
             if name in names or any(wanted.endswith("_") and name.startswith(wanted) for wanted in names):
-                axes.plot(steps, values, label=name.removeprefix("dev_"), lw=2 if name == "dev_ndcg10" else 1)
+                axes.plot(
+                    steps,
+                    values,
+                    label=name.removeprefix("dev_").removeprefix("environment_"),
+                    lw=2 if name.startswith("dev_ndcg10") else 1,
+                )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines and len(axes.lines) > 1:

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from search_r3.errors import CheckpointError, TrainingError
-from search_r3.evaluate.collection import Collection, load_collection
+from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json
 from search_r3.model.checkpoint import Manifest, initialise, load, resolve
@@ -111,7 +111,7 @@ class DevTest(TrainerCallback):
 
     def __init__(self, engine: Engine, dev: Dev, root: Path, before: Callable[[], None] = lambda: None):
         self.engine, self.dev, self.before = engine, dev, before
-        self.sets = [cut(load_collection(root / name), dev) for name in dev.sets]
+        self.sets = [cut(load_collection(root / name), dev.queries, dev.documents) for name in dev.sets]
         self.log: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,12 +153,3 @@ class DevTest(TrainerCallback):
             }
             found[mode] = float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
         return found
-
-
-def cut(collection: Collection, dev: Dev) -> Collection:
-    queries = collection.queries[: dev.queries]
-    judgements = {query.id: collection.judgements[query.id] for query in queries}
-    relevant = {name for judged in judgements.values() for name in judged}
-    ranked = sorted(collection.documents, key=lambda document: document.id not in relevant)  # stable
-    size = max(dev.documents, sum(document.id in relevant for document in ranked))
-    return Collection(collection.name, ranked[:size], queries, judgements, collection.skipped)

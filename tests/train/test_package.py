@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from search_r3 import SearchR3
+from search_r3.errors import CheckpointError
+from search_r3.model.checkpoint import load, save
+from search_r3.train.package import extract_adapter
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path):
+    """The tiny checkpoint with a change of rank 3 in every linear layer and another token row."""
+    model, tokenizer, manifest = load(checkpoint)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for part in model.get_decoder().modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight += 0.3 * torch.randn(part.out_features, 3) @ torch.randn(3, part.in_features)
+        model.get_input_embeddings().weight[manifest.embed_token_id] += 0.1
+
+    def write(name):
+        save(tmp_path / name, model, tokenizer, manifest.prompts, embed_token=manifest.embed_token)
+        return tmp_path / name
+
+    return model, write
+
+
+def test_an_extracted_adapter_is_the_checkpoint(checkpoint, trained, tmp_path):
+    report = extract_adapter(trained[1]("model"), checkpoint, tmp_path / "adapter", rank=3)
+    assert report["kept"] > 0.9999
+    texts = ["some text", "another one"]
+    one, other, before = (
+        SearchR3.from_pretrained(folder).encode_documents(texts)
+        for folder in (tmp_path / "model", tmp_path / "adapter", checkpoint)
+    )
+    assert abs(one - other).max() < 0.05  # bfloat16
+    assert abs(one - before).max() > 0.1
+    assert extract_adapter(tmp_path / "model", checkpoint, tmp_path / "small", rank=1)["kept"] < 0.9
+
+
+def test_what_an_adapter_cannot_hold_is_named(checkpoint, trained, tmp_path):
+    model, write = trained
+    with torch.no_grad():
+        model.get_decoder().norm.weight += 1
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight was trained"):
+        extract_adapter(write("normed"), checkpoint, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
