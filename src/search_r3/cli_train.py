@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from search_r3.cli_common import (
     Arithmetic,
@@ -232,12 +233,19 @@ def plot(
         Path | None, typer.Option("--output", "-o", help=".png, .svg or .pdf; default RUN/curves.png.")
     ] = None,
 ) -> None:
-    """Draw the curves of a run.
+    """Draw the curves of a run; of a run of stage 2, also show the best and the worst of the last rollouts.
 
     Example:  search-r3 plot runs/first
     """
+    from search_r3.train.plot import last_rollouts
     from search_r3.train.plot import plot as draw
 
     image = output or run / "curves.png"
     draw(run, image)
+    if rollouts := last_rollouts(run):
+        table = Table("reward", "rank", "query", "reasoning", title=f"rollouts of step {rollouts[0]['step']}")
+        for record in rollouts:
+            reward = "none" if record["reward"] is None else f"{record['reward']:.2f}"
+            table.add_row(reward, str(record["rank"]), escape(record["query"]), escape(record["reasoning"][:300]))
+        out.print(table)
     out.print(f"Wrote {escape(str(image))}")

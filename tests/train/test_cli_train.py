@@ -53,3 +53,23 @@ def test_mine(root, tmp_path):
     read_recipe(RECIPE)
     with pytest.raises(DataError, match="folder does not exist"):
         run("mine", root / "train", "-o", tmp_path / "nowhere" / "mined.jsonl")
+
+
+def test_reinforce_from_the_command_line(base, root, tmp_path):
+    recipe = tmp_path / "rl.yaml"
+    recipe.write_text(
+        f"model: {base}\nsources: [{{path: train}}]\nsteps: 1\n"
+        "group: {queries: 2, samples: 2, micro: 4, reasoning_tokens: 4}\nenvironment: {k: 5}\n"
+    )
+    output = tmp_path / "run"
+    report = json.loads(run("train", "rl", recipe, "--data", root, "-o", output, "--dry-run", "--json").stdout)
+    assert (report["rollouts"], report["documents"], report["queries"]) == (4, 20, 20)
+    assert not output.exists()
+    done = run("train", "rl", recipe, "--data", root, "-o", output, "--set", "reward.rank=log_rank", "--json")
+    assert json.loads(done.stdout.splitlines()[-1]) == {"model": str(output / "model")}
+    run("plot", output)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    packed = run("package", output / "model", "--base", output / "initial", "-o", tmp_path / "adapter", "--json")
+    assert json.loads(packed.stdout)["kept"] > 0.99
+    with pytest.raises(TrainingError, match=r"group\.sample: no such key; did you mean samples\?"):
+        run("train", "rl", recipe, "--set", "group.sample=3")

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from search_r3.errors import DataError, TrainingError
-from search_r3.train.config import read_recipe
+from search_r3.train.config import read_recipe, read_rl_recipe
 from search_r3.train.data import load_examples, plan
 from tests.train.conftest import RECIPE, write_set
 
@@ -127,5 +127,13 @@ def test_recipes_are_strict(tmp_path):
 
 
 def test_all_recipes_of_the_project_are_valid():
+    kinds = {"-rl": read_rl_recipe, "": read_recipe}
     for path in RECIPE.parent.glob("*.yaml"):
-        assert read_recipe(path).steps > 0
+        assert kinds["-rl" if "-rl" in path.stem else ""](path).steps > 0
+
+
+def test_examples_without_a_reasoning_can_be_left_out(root):
+    recipe = recipe_for("sources=[{path: train, thoughts: thoughts.jsonl, only_thoughts: true}]")
+    (examples,), _ = load(recipe, root)
+    assert len(examples) == 10
+    assert all(example.thought for example in examples)

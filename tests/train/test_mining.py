@@ -2,8 +2,12 @@ import json
 
 import numpy as np
 
-from search_r3.train.bootstrap import Sampling, bootstrap
+from search_r3 import SearchR3
+from search_r3.model.checkpoint import initialise
+from search_r3.records import Reasoned, Status
+from search_r3.train.bootstrap import Sampling, _whole, bootstrap
 from search_r3.train.mining import Mining, lexical_search, mine, model_search
+from tests.conftest import TEXTS
 from tests.train.conftest import write_set
 
 
@@ -51,3 +55,28 @@ def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
     for record in records:
         assert record["rank"] == min(record["ranks"])
         assert (record["thought"] is None) or record["rank"] < record["direct_rank"]
+
+
+def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
+    folder = write_set(tmp_path / "set", 6)
+    initialise(base, tmp_path / "writer")
+    writer = SearchR3.from_pretrained(tmp_path / "writer")
+    how = Sampling(samples=2, max_new_tokens=6, only_better=False)
+    bootstrap(model, folder, tmp_path / "a.jsonl", how, limit=3, documents=4, writer=writer, progress=False)
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    queries = [f"{TEXTS[n][:18]} {n}" for n in range(3)]
+    written = writer.reason(queries, max_new_tokens=6, temperature=0.8, samples=2)
+    for number, record in enumerate(records):
+        assert record["thought"] in {_whole(one) or None for one in written[2 * number : 2 * number + 2]}
+        assert max(record["ranks"]) <= 4
+
+
+def test_a_reasoning_cut_short_is_taken_back_to_whole_sentences():
+    def cut(text, status=Status.FORCED):
+        return _whole(Reasoned(text, np.zeros(1), (), (), status))
+
+    assert cut("One sentence. Half of anoth") == "One sentence."
+    assert cut("Is it? Yes! 3.5 of th") == "Is it? Yes!"
+    assert cut("no end") == "no end"
+    assert cut("A line\nand half") == "A line"
+    assert cut("One sentence. Half of anoth", Status.FINISHED) == "One sentence. Half of anoth"

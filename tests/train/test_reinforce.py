@@ -16,9 +16,9 @@ from search_r3.records import Episode, Reasoned, Status
 from search_r3.train import rewards
 from search_r3.train.config import Reward, RLRecipe
 from search_r3.train.grpo import RetrievalGRPOTrainer
-from search_r3.train.reinforce import ENVIRONMENT, TABLE, prepare, train
+from search_r3.train.reinforce import ENVIRONMENT, prepare, train
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
-from search_r3.train.run import METRICS
+from search_r3.train.run import METRICS, TABLE
 from tests.train.test_supervised import assert_equal, weights
 
 
@@ -42,6 +42,7 @@ def build(base, **changes):
         "lora": {"r": 4, "alpha": 8},
         "save_every": 2,
         "table_every": 1,
+        "guards": {"least_format": 0},
     }
     for name, value in changes.items():
         values[name] = values[name] | value if isinstance(values.get(name), dict) and isinstance(value, dict) else value
@@ -246,6 +247,20 @@ def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
             prepare(rl(reward={"rank": name}), root)
 
 
+def test_an_empty_reasoning_is_a_rollout_like_any_other(rl, root, tmp_path, monkeypatch):
+    original = RolloutPolicy.sample
+
+    def sample(self, queries, recipe, seed, first_row):
+        token = self.engine.embed_token_id
+        some = original(self, queries, recipe, seed, first_row)
+        empty = [Reasoned("", one.vector, (token,), (-1.0,), Status.FINISHED) for one in some]
+        return [empty[n] if n % 3 == 0 else one for n, one in enumerate(some)]
+
+    monkeypatch.setattr(RolloutPolicy, "sample", sample)
+    run(rl(steps=2), root, tmp_path / "run")
+    assert all(line["format_rate"] == 0 and np.isfinite(line["loss"]) for line in log(tmp_path / "run"))
+
+
 def test_a_guard_can_halve_the_rate(rl, root, tmp_path):
     run(rl(guards={"patience": 2, "least_format": 1.0, "action": "halve"}), root, tmp_path / "run")
     rates = [line["learning_rate"] for line in log(tmp_path / "run")]
@@ -307,6 +322,8 @@ def test_rewards_by_hand():
     scored = rewards.Scorer(Reward(rank="log_rank", format_weight=0.2, length_weight=0.1, least_tokens=20))
     assert scored(episode(), outcome(10)).total == pytest.approx(0.5 + 0.2 + 0.05)
     assert scored(episode(), outcome(0)).total is None
+    scored.rank = lambda episode, outcome: float("nan")
+    assert scored(episode(), outcome(1)).total is None
 
 
 def test_repetition_is_seen():

@@ -234,10 +234,10 @@ class Guards(Strict):
 
     resample: int = Field(default=0, ge=0)
     """Times that queries whose rollouts all earn the same are replaced by others in a step."""
-    patience: int = Field(default=10, gt=0)
+    patience: int = Field(default=20, gt=0)
     """Steps that a limit must be broken in a row."""
-    least_format: float = Field(default=0.0, ge=0, le=1)
-    """Smallest share of rollouts that end with the embedding token themselves."""
+    least_format: float = Field(default=0.01, ge=0, le=1)
+    """Smallest share of rollouts that end with the embedding token themselves; 0: never mind."""
     most_kl: float | None = Field(default=None, gt=0)
     """Largest divergence from the first policy, nats a token."""
     most_repeated: float | None = Field(default=None, gt=0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS
+from search_r3.train.run import METRICS, TABLE
 
 SUPERVISED = (
     ("loss", ("loss",)),
@@ -46,6 +47,17 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
             steps.append(line["step"])
             values.append(value)
     return series
+
+
+def last_rollouts(run: Path, count: int = 6) -> list[dict[str, Any]]:
+    """The best and the worst rollouts of the last table of a run, best first; none where there is no table."""
+    path = run / TABLE
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    last = [record for record in records if record["step"] == records[-1]["step"]]
+    last.sort(key=lambda record: -(record["reward"] if record["reward"] is not None else -1.0))
+    return last if len(last) <= count else last[: count // 2] + last[-(count - count // 2) :]
 
 
 def plot(run: Path, image: Path) -> None:

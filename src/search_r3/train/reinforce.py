@@ -36,10 +36,9 @@ from search_r3.train.config import Corpus, Guards, RLRecipe, Source
 from search_r3.train.data import Dropped, dump, load_examples
 from search_r3.train.rewards import Scorer
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
-from search_r3.train.run import FINAL, METRICS, DevTest, Track, claim, latest, load_model
+from search_r3.train.run import FINAL, METRICS, TABLE, DevTest, Track, claim, latest, load_model
 
 ENVIRONMENT = "environment.safetensors"
-TABLE = "rollouts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,26 +248,28 @@ class _Keeper(TrainerCallback):
         found, every = self.trainer.rollouts, self.trainer.recipe.table_every
         if not state.is_world_process_zero or found is None or (state.global_step - 1) % every:
             return
+        records = [
+            {
+                "step": state.global_step,
+                "query": episode.query,
+                "reasoning": episode.reasoned.text,
+                "status": episode.reasoned.status,
+                "tokens": len(episode.reasoned.token_ids),
+                "reward": scored.total,
+                "reward_rank": scored.rank,
+                "relevant": outcome.relevant[0].id,
+                "rank": outcome.relevant[0].rank,
+                "similarity": round(outcome.relevant[0].similarity, 4),
+                "top": outcome.ranking[0],
+            }
+            for episode, outcome, scored in zip(found.episodes, found.outcomes, found.scored, strict=True)
+        ]
         with (self.output / TABLE).open("a", encoding="utf-8") as file:
-            for episode, outcome, scored in zip(found.episodes, found.outcomes, found.scored, strict=True):
-                best = outcome.relevant[0]
-                file.write(
-                    dump(
-                        {
-                            "step": state.global_step,
-                            "query": episode.query,
-                            "reasoning": episode.reasoned.text,
-                            "status": episode.reasoned.status,
-                            "tokens": len(episode.reasoned.token_ids),
-                            "reward": scored.total,
-                            "reward_rank": scored.rank,
-                            "relevant": best.id,
-                            "rank": best.rank,
-                            "similarity": round(best.similarity, 4),
-                            "top": outcome.ranking[0],
-                        }
-                    )
-                )
+            file.write("".join(dump(record) for record in records))
+        for callback in self.trainer.callback_handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:  # TensorBoard's
+                lines = [f"**{r['query']}** ({r['reward']}, rank {r['rank']}): {r['reasoning']}" for r in records]
+                writer.add_text("rollouts", "\n\n".join(lines), state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -23,6 +23,7 @@ from search_r3.train.config import Dev
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 FINAL = "model"
+TABLE = "rollouts.jsonl"
 STATE = "trainer_state.json"  # the Trainer writes it last
 
 
