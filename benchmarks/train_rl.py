@@ -25,7 +25,7 @@ from search_r3 import SearchR3
 from search_r3.environment import RetrievalEnvironment
 from search_r3.evaluate.collection import DEMO, load_collection
 from search_r3.train import grpo, reinforce
-from search_r3.train.config import RLRecipe
+from search_r3.train.rl_config import RLRecipe
 from search_r3.train.rollouts import RolloutPolicy
 from train_sft import Stopwatch
 

@@ -91,9 +91,9 @@ def rl(
     Example:  search-r3 train rl recipes/smollm2-135m-rl-cpu.yaml --data data --output runs/rl
     """
     with err.status("loading"):
-        from search_r3.train.config import read_rl_recipe
         from search_r3.train.reinforce import prepare
         from search_r3.train.reinforce import train as run
+        from search_r3.train.rl_config import read_rl_recipe
 
     recipe = read_rl_recipe(recipe_file, overrides or [])
     with err.status("reading the data"):

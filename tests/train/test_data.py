@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 
 from search_r3.errors import DataError, TrainingError
-from search_r3.train.config import read_recipe, read_rl_recipe
+from search_r3.train.config import read_recipe
 from search_r3.train.data import load_examples, plan
+from search_r3.train.rl_config import read_rl_recipe
 from tests.train.conftest import RECIPE, write_set
 
 

@@ -14,9 +14,9 @@ from search_r3.environment import Outcome, Relevant
 from search_r3.errors import StoreError, TrainingError
 from search_r3.records import Episode, Reasoned, Status
 from search_r3.train import rewards
-from search_r3.train.config import Reward, RLRecipe
 from search_r3.train.grpo import RetrievalGRPOTrainer
 from search_r3.train.reinforce import ENVIRONMENT, prepare, train
+from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
 from search_r3.train.run import METRICS, TABLE
 from tests.train.test_supervised import assert_equal, weights

@@ -6,17 +6,14 @@ sampled document stands for as many as were left out (a stratified Horvitz-Thomp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search_r3.environment.evolving import best_columns
+from search_r3.environment.evolving import EvolvingIndex, best_columns
 from search_r3.environment.outcome import Outcome, groups_of, make_outcome
-
-if TYPE_CHECKING:
-    from search_r3.environment.environment import RetrievalEnvironment
+from search_r3.records import Document
 
 RESAMPLES = 2000
 Reward = Callable[[Outcome], float | None]
@@ -94,8 +91,26 @@ class Controller:
         return budget, True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What an audit looks at."""
+
+    index: EvolvingIndex
+    """The stored rows."""
+    documents: Sequence[Document]
+    """(N,) of the rows."""
+    relevant: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    """Rows and grades of each query's relevant documents."""
+    encode: Callable[[np.ndarray], np.ndarray]
+    """Rows -> their current vectors."""
+    model_step: int
+    """Of the current weights."""
+    k: int
+    """Documents in an outcome's ranking."""
+
+
 def examine(
-    environment: RetrievalEnvironment,
+    subject: Subject,
     query_ids: list[str],
     vectors: np.ndarray,
     given: list[Outcome],
@@ -106,41 +121,41 @@ def examine(
     queries: int,
 ) -> Audit:
     """The audit of one step's rollouts; see `RetrievalEnvironment.audit`."""
-    index, config = environment.ready(), environment.config
+    index = subject.index
     groups = groups_of(query_ids)
     names = [str(name) for name in rng.permutation(list(groups))[:queries]]
     members = [member for name in names for member in groups[name]]
     stored = index.scores(vectors[members])  # (B, N)
     near = np.zeros(len(index), bool)
     for name in names:
-        near[environment.relevant[name][0]] = True
+        near[subject.relevant[name][0]] = True
     for line in stored:
-        near[best_columns(line, max(depth, config.k))] = True
+        near[best_columns(line, max(depth, subject.k))] = True
     rest = np.flatnonzero(~near)
     drawn = rng.permutation(rest)[:sample]
     rows = np.sort(np.concatenate([np.flatnonzero(near), drawn]))
     weights = np.where(near[rows], 1.0, len(rest) / max(len(drawn), 1))
-    fresh = environment.encode(rows)
+    fresh = subject.encode(rows)
     cosines = (index.read(rows) * fresh).sum(axis=1)
     scores = vectors[members] @ fresh.T  # (B, n)
     rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     recalls: dict[int, list[float]] = {10: [], 100: []}
     for member, was, now in zip(members, stored, scores, strict=True):
         outcome = given[member]
-        relevant = environment.relevant[outcome.query_id]
-        k = min(config.k, len(rows))
+        relevant = subject.relevant[outcome.query_id]
+        k = min(subject.k, len(rows))
         true = make_outcome(
-            outcome.query_id, environment.documents, relevant, rows, now, weights, np.ones(len(rows), bool), k
+            outcome.query_id, subject.documents, relevant, rows, now, weights, np.ones(len(rows), bool), k
         )
         pair = reward(outcome), reward(true)
         if pair[0] is not None and pair[1] is not None:
             rewards[outcome.query_id].append((pair[0], pair[1]))
         for k, found in recalls.items():
-            if k <= min(len(was), max(depth, config.k)):
+            if k <= min(len(was), max(depth, subject.k)):
                 threshold = np.partition(was, -k)[-k]
                 found.append(weighted_recall(was[rows] >= threshold, now, weights, k))
     near = near[rows]
-    return summarise(environment.model_step, rewards, recalls, cosines[near], cosines[~near], len(rest), rng)
+    return summarise(subject.model_step, rewards, recalls, cosines[near], cosines[~near], len(rest), rng)
 
 
 def weighted_recall(stored: np.ndarray, fresh: np.ndarray, weights: np.ndarray, k: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from search_r3.environment.audit import Audit, Controller, Reward, examine
+from search_r3.environment.audit import Audit, Controller, Reward, Subject, examine
 from search_r3.environment.calibration import Calibration, fit_calibration
 from search_r3.environment.config import EnvironmentConfig
 from search_r3.environment.drift import Drift, fit_drift
@@ -193,7 +193,9 @@ class RetrievalEnvironment:
             if self._last is None:
                 raise DataError("nothing to audit yet; call step() first")
             before = self.tokens_encoded
-            found = examine(self, *self._last, reward or self.reward, self._rng, sample, depth, queries)
+            k = self.config.k
+            subject = Subject(self.ready(), self.documents, self.relevant, self.encode, self.model_step, k)
+            found = examine(subject, *self._last, reward or self.reward, self._rng, sample, depth, queries)
             self.tokens_encoded = before  # counted apart: it refreshes nothing
             return found
 

@@ -24,8 +24,8 @@ from search_r3.errors import TrainingError
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import control_ids
 from search_r3.records import Reasoned, Status
-from search_r3.train.config import RLRecipe
 from search_r3.train.losses import anisotropy, info_nce
+from search_r3.train.rl_config import RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, Rollouts, repeated
 from search_r3.train.step import Forward
 

@@ -29,14 +29,14 @@ from transformers import Trainer, TrainerCallback
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
 from search_r3.evaluate.collection import load_collection
-from search_r3.model.checkpoint import Parent, save
 from search_r3.model.engine import Engine
 from search_r3.records import Document
-from search_r3.train.config import Corpus, Guards, RLRecipe, Source
+from search_r3.train.config import Source
 from search_r3.train.data import Dropped, dump, load_examples
 from search_r3.train.rewards import Scorer
+from search_r3.train.rl_config import Corpus, Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
-from search_r3.train.run import FINAL, METRICS, TABLE, DevTest, Track, claim, latest, load_model
+from search_r3.train.run import METRICS, TABLE, DevTest, Track, claim, finish, latest, load_model
 
 ENVIRONMENT = "environment.safetensors"
 
@@ -193,22 +193,8 @@ def train(
         raise TrainingError(
             f"stopped at step {trainer.state.global_step}: {stopper.reason}; what was saved is in {output}"
         )
-    if trainer.accelerator.is_main_process and not (output / FINAL).exists():
-        merged = trainer.accelerator.unwrap_model(trainer.model)
-        if recipe.lora is not None:
-            merged = merged.merge_and_unload()
-        merged.generation_config.eos_token_id = ends or None
-        save(
-            output / FINAL,
-            merged,
-            tokenizer,
-            manifest.prompts,
-            embed_token=manifest.embed_token,
-            max_tokens=manifest.max_tokens,
-            parent=Parent(source=recipe.model, weights_sha256=manifest.weights_sha256),
-        )
-    trainer.accelerator.wait_for_everyone()
-    return output / FINAL
+    model.generation_config.eos_token_id = ends or None
+    return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
 
 
 def _adapter(recipe: RLRecipe) -> Any:

@@ -16,7 +16,7 @@ from search_r3.environment import Outcome
 from search_r3.environment import dcg as outcome_dcg
 from search_r3.errors import TrainingError
 from search_r3.records import Episode, Status
-from search_r3.train.config import Reward
+from search_r3.train.rl_config import Reward
 
 RewardFunction = Callable[[Episode, Outcome], float | None]
 MARGIN_WIDTH = 0.2  # of the cosine gap's range that the margin reward tells apart

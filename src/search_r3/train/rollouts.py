@@ -19,8 +19,8 @@ from search_r3.environment import Outcome, RetrievalEnvironment
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
 from search_r3.records import Document, Episode, Reasoned
-from search_r3.train.config import RLRecipe
 from search_r3.train.rewards import Scored, Scorer
+from search_r3.train.rl_config import RLRecipe
 
 Gather = Callable[[list[Any]], list[Any]]
 """Collects one object of each process, in the order of their ranks, on all of them."""

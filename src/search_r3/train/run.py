@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json
-from search_r3.model.checkpoint import Manifest, initialise, load, resolve
+from search_r3.model.checkpoint import Manifest, Parent, initialise, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
 from search_r3.train.config import Dev
@@ -87,6 +87,25 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
     if not prepared.exists():
         initialise(folder, prepared)
     return load(prepared)
+
+
+def finish(
+    trainer: Trainer, output: Path, adapted: bool, name: str, tokenizer: PreTrainedTokenizerBase, manifest: Manifest
+) -> Path:
+    """Write the trained model, adapters merged, as a plain checkpoint. name: of the model it was made from."""
+    if trainer.accelerator.is_main_process and not (output / FINAL).exists():
+        merged = trainer.accelerator.unwrap_model(trainer.model)
+        save(
+            output / FINAL,
+            merged.merge_and_unload() if adapted else merged,
+            tokenizer,
+            manifest.prompts,
+            embed_token=manifest.embed_token,
+            max_tokens=manifest.max_tokens,
+            parent=Parent(source=name, weights_sha256=manifest.weights_sha256),
+        )
+    trainer.accelerator.wait_for_everyone()
+    return output / FINAL
 
 
 class Track(TrainerCallback):

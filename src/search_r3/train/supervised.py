@@ -21,11 +21,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
-from search_r3.model.checkpoint import Manifest, Parent, quiet, save
+from search_r3.model.checkpoint import Manifest, quiet
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan
-from search_r3.train.run import FINAL, METRICS, DevTest, Track, claim, latest, load_model
+from search_r3.train.run import METRICS, DevTest, Track, claim, finish, latest, load_model
 from search_r3.train.step import Collator
 from search_r3.train.trainer import SupervisedTrainer
 
@@ -108,21 +108,7 @@ def train(
     )
     test.log = trainer.log
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.accelerator.is_main_process and not (output / FINAL).exists():
-        merged = trainer.accelerator.unwrap_model(trainer.model)
-        if recipe.lora is not None:
-            merged = merged.merge_and_unload()
-        save(
-            output / FINAL,
-            merged,
-            tokenizer,
-            manifest.prompts,
-            embed_token=manifest.embed_token,
-            max_tokens=manifest.max_tokens,
-            parent=Parent(source=recipe.model, weights_sha256=manifest.weights_sha256),
-        )
-    trainer.accelerator.wait_for_everyone()
-    return output / FINAL
+    return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:
