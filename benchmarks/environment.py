@@ -84,22 +84,23 @@ class Ours:
         from peft import LoraConfig, get_peft_model
 
         from search_r3 import SearchR3
+        from search_r3.train.rollouts import RolloutPolicy
         from search_r3.train.step import Forward, Turn
 
         self.tokens, self.turn = tokens, Turn
         self.model = SearchR3.from_pretrained("default", device="cpu")
+        self.copy = RolloutPolicy(self.model.engine, torch.bfloat16, tokens, 64)
         get_peft_model(self.model.engine.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         self.forward = Forward(self.model.engine)
         trained = [p for p in self.model.engine.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=rate)
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model.encode_documents(texts, max_tokens=self.tokens)
+        self.copy.sync(self.model.engine.model)
+        return self.copy.encode_documents([Document(str(n), text) for n, text in enumerate(texts)])
 
     def rollouts(self, texts: list[str]) -> np.ndarray:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model.encode_queries(texts)
+        return self.encode(texts)  # the embed act reads queries and documents alike
 
     def train(self, queries: list[str], documents: list[str]) -> float:
         engine = self.model.engine

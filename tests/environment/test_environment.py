@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r3.environment import EnvironmentConfig, RetrievalEnvironment, ShardedEncoder, dcg
+from search_r3.environment import EnvironmentConfig, Relevant, RetrievalEnvironment, ShardedEncoder, dcg
 from search_r3.environment.calibration import fit_calibration
 from search_r3.environment.drift import fit_drift
 from search_r3.environment.freshness import POLICIES
@@ -94,6 +96,8 @@ def test_an_outcome_tells_what_a_reward_needs():
     second = outcome.relevant[1]
     by_hand = 2 * 1.0 + (1 + second.similarity) / 2 / np.log2(1 + second.rank)
     assert dcg(outcome) == pytest.approx(by_hand / (2 + 1 / np.log2(3)), abs=1e-6)
+    twins = replace(outcome, relevant=tuple(Relevant(name, 1, 1, 1.0, True) for name in "ab"))
+    assert dcg(twins) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -174,6 +178,14 @@ def test_rows_and_ages_agree_under_any_interleaving(actions):
         np.testing.assert_allclose(environment.index.vectors[row], expected, atol=1e-6)
 
 
+def test_more_rollouts_of_the_same_weights_are_no_new_step():
+    environment, encoder = make(audit_every=2)
+    for step, audited in ((1, False), (1, False), (2, True)):
+        environment.step(*rollouts(encoder), model_step=step)
+        assert (environment.last_audit is not None) == audited
+    assert environment.steps == 2
+
+
 def test_a_write_cut_short_leaves_rows_that_count_as_never_encoded():
     environment, encoder = make()
     with pytest.raises(ValueError, match="broadcast"):
@@ -198,12 +210,21 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_a_background_refresh_never_overwrites_newer_rows():
-    environment, encoder = make("frozen")
+    environment, encoder = make("frozen", budget=1)
     encoder.tick += 1
-    environment.model_step = 1
-    environment.index.write(np.arange(10), encoder.vectors()[:10], 5)
-    assert environment.refresh_in_background().result(timeout=10) > 0
-    assert (environment.index.encoded[:10] == 5).all()
+    environment.step(*rollouts(encoder))
+    newer = unit(np.ones((10, WIDTH)))
+
+    class Meanwhile:
+        """A step writes rows 0 to 9 while they are being encoded elsewhere."""
+
+        def encode_documents(self, documents):
+            environment.index.write(np.arange(10), newer, 5)
+            return encoder.encode_documents(documents)
+
+    assert environment.refresh_in_background(Meanwhile()).result(timeout=10) == COUNT - 10
+    np.testing.assert_array_equal(environment.index.vectors[:10], newer)
+    np.testing.assert_allclose(environment.index.vectors[10:], encoder.vectors()[10:], atol=1e-6)
 
 
 class Broken(Moving):
@@ -261,7 +282,7 @@ def test_a_graph_whose_edges_lead_nowhere_is_built_anew(tmp_path):
     index = EvolvingGraph(5000, WIDTH, folder=tmp_path)
     rows, vectors = np.arange(5000), unit(rng.normal(size=(5000, WIDTH)))
     index.write(rows, vectors, 0)
-    assert index.best(vectors[7:8], 3)[0] == 7
+    assert next(index.best([vectors[7:8]], 3))[0] == 7
     index.write(rows, unit(vectors + vectors @ (0.02 * rng.normal(size=(WIDTH, WIDTH)))), 1)
     index.maintain(rng)
     assert index.builds == 1  # a small move: the edges still fit
@@ -269,7 +290,18 @@ def test_a_graph_whose_edges_lead_nowhere_is_built_anew(tmp_path):
     index.maintain(rng)
     assert index.builds == 2
     assert len(list(tmp_path.glob("graph-*"))) == 1
-    assert index.best(index.read(np.array([7])), 3)[0] == 7
+    assert next(index.best([index.read(np.array([7]))], 3))[0] == 7
+
+
+def test_scores_are_computed_in_parts_where_memory_is_short(monkeypatch):
+    whole, encoder = make()
+    encoder.tick += 1
+    batch = rollouts(encoder)
+    expected = whole.step(*batch)
+    monkeypatch.setattr("search_r3.environment.evolving.SCORE_BYTES", 4 * COUNT * 9)
+    parts, _ = make(encoder=Moving())
+    parts.encoder.tick += 1
+    assert ranks(parts.step(*batch)) == ranks(expected)
 
 
 def test_ranks_beyond_a_graphs_proposals_are_estimated(monkeypatch):
@@ -299,7 +331,7 @@ def test_calibration_lets_stale_rows_compete_fairly():
 
 
 def test_audits_on_schedule_hold_a_bound_and_say_when_they_cannot():
-    config = EnvironmentConfig(policy="random", budget=0.02, audit_every=2, error_bound=0.001)
+    config = EnvironmentConfig(policy="frozen", budget=0.02, audit_every=2, error_bound=0.001)
     encoder = Moving(rate=0.3)
     environment = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, config)
     environment.reset()
@@ -311,6 +343,7 @@ def test_audits_on_schedule_hold_a_bound_and_say_when_they_cannot():
         budgets.append(environment.budget)
         if not environment.bound_held:
             break
+    assert not environment.bound_held
     assert budgets[2] == pytest.approx(1.5 * budgets[0])
     assert budgets[1] == budgets[0]
     assert environment.report()["audit_reward_error"] == environment.last_audit.reward_error.mean

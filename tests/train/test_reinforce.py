@@ -209,7 +209,7 @@ def test_a_killed_run_resumes_to_the_same_curve(rl, root, tmp_path):
 
 def test_two_processes_equal_one(rl, root, tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(rl(group={"micro": 4}).model_dump()))
+    file.write_text(yaml.safe_dump(rl(environment={"policy": "frozen"}).model_dump()))
     for count in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command += ["-m", "search_r3", "train", "rl", str(file), "--data", str(root)]
@@ -218,6 +218,37 @@ def test_two_processes_equal_one(rl, root, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    for name in ("reward_rank", "format_rate", "length", "info_nce"):
+        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], abs=1e-4), name
+
+
+def test_two_processes_refresh_and_resample_in_step(rl, root, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    recipe = rl(group={"queries": 4}, guards={"resample": 2}, reward={"rank": f"{__name__}:rough", "format_weight": 0})
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "search_r3", "train", "rl", str(file), "--data", str(root), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = log(tmp_path / "run")
+    assert any(line["resampled"] > 0 for line in lines)
+    assert lines[-1]["environment_age_mean"] < 4
+
+
+def rough(episode, outcome):
+    """The same for most groups: whether the document is in the better half."""
+    return float(outcome.relevant[0].rank <= outcome.corpus / 2)
+
+
+def test_an_end_of_another_recipe_is_not_kept(rl, root, tmp_path):
+    run(rl(), root, tmp_path / "run")
+    before = weights(tmp_path / "run" / "model")
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.1: the optimiser's settings"):
+        run(rl(learning_rate=0.1), root, tmp_path / "run", resume=True, change=True)
+    run(rl(steps=6), root, tmp_path / "run", resume=True, change=True)
+    after = weights(tmp_path / "run" / "model")
+    assert any((before[name] != after[name]).any() for name in before)
 
 
 def test_resuming_with_other_rewards_or_another_environment_is_refused(rl, root, tmp_path):
@@ -239,7 +270,7 @@ def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
     with pytest.raises(TrainingError, match=r"all rewards are None.*reward\.rank"):
         run(rl(reward={"rank": f"{__name__}:none"}), root, tmp_path / "none")
     guards = {"patience": 2, "least_format": 1.0}
-    with pytest.raises(TrainingError, match=r"stopped at step 2: format was .*`thoughts`"):
+    with pytest.raises(TrainingError, match=r"stopped at step 2: format was 0.*`thoughts`"):
         run(rl(guards=guards), root, tmp_path / "format")
     assert (tmp_path / "format" / "checkpoint-2" / ENVIRONMENT).exists()
     for name in ("nope", "nope.nope:nope"):
@@ -291,9 +322,27 @@ def test_groups_without_a_spread_are_replaced(rl, root):
     assert [episode.query for episode in found.episodes[::4]] == asked[1]
 
 
-def test_text_from_another_backend_gets_its_vector_from_one_pass(rl, root, tmp_path):
-    run(rl(backend="trl", steps=2), root, tmp_path / "run")
-    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2]
+def test_text_from_another_backend_gets_its_vector_from_one_pass(rl, root, tmp_path, monkeypatch):
+    original, seen = RetrievalGRPOTrainer._compute_loss, []
+
+    def compare(self, model, inputs):
+        loss = original(self, model, inputs)
+        for line, number in enumerate(inputs["rollout"].tolist()):
+            reasoned = self.rollouts.episodes[number].reasoned
+            torch.testing.assert_close(self._vectors[line], torch.tensor(reasoned.vector), atol=1e-5, rtol=0)
+            seen.append(reasoned.token_ids)
+        return loss
+
+    monkeypatch.setattr(RetrievalGRPOTrainer, "_compute_loss", compare)
+    run(rl(backend="trl", steps=2, learning_rate=1e-2), root, tmp_path / "run")
+    assert len(set(seen)) > 8
+
+
+def test_the_reference_of_full_training_is_the_first_policy(rl, root, tmp_path):
+    run(rl(lora=None, steps=2), root, tmp_path / "run")
+    kl = [line["kl"] for line in log(tmp_path / "run")]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[1] > 1e-6
 
 
 def episode(tokens=10, status=Status.FINISHED, text="words", limit=20):

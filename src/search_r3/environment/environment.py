@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,9 @@ class RetrievalEnvironment:
             now = self.model_step + 1 if model_step is None else model_step
             if now < self.model_step:
                 raise DataError(f"model_step {now} lies before the last one, {self.model_step}")
+            advanced = now > self.model_step  # more rollouts of the same weights are no new step
+            self.steps += advanced
             self.model_step = now
-            self.steps += 1
             if self.policy.sample:
                 self._sample(index, vectors)
             wanted = self._wanted(index, query_ids, vectors)
@@ -150,7 +151,7 @@ class RetrievalEnvironment:
             index.maintain(self._rng)
             outcomes = self._rank(index, query_ids, vectors)
             self._last = list(query_ids), vectors, outcomes
-            if self.config.audit_every and self.steps % self.config.audit_every == 0:
+            if self.config.audit_every and advanced and self.steps % self.config.audit_every == 0:
                 self.last_audit = self.audit()
                 if self._controller is not None:
                     self.budget, self.bound_held = self._controller.adjust(self.budget, self.last_audit.reward_error)
@@ -265,7 +266,9 @@ class RetrievalEnvironment:
             self.index.vectors[:] = vectors
             self.index.encoded[:] = encoded
             self.model_step, self.tokens_encoded = int(state["model_step"]), int(state["tokens_encoded"])
-            self.steps, self.budget = int(state["steps"]), float(state["budget"])
+            self.steps = int(state["steps"])
+            if self._controller is not None:
+                self.budget = float(state["budget"])
             self.drift, self.calibration, self._last, self.last_audit = None, None, None, None
             self._rng.bit_generator.state = state["random"]
 
@@ -334,7 +337,7 @@ class RetrievalEnvironment:
                 old = self.drift(old)
                 stale = self.ages > 0
                 for block in index.blocks():
-                    moved = np.flatnonzero(stale[block]) + block.start
+                    moved = block if stale[block].all() else np.flatnonzero(stale[block]) + block.start
                     index.vectors[moved] = self.drift(index.vectors[moved])
         if self.config.calibrate:
             self.calibration = fit_calibration(vectors @ old.T, vectors @ new.T, ages, self._rng)
@@ -347,29 +350,31 @@ class RetrievalEnvironment:
             return wanted + 1
         if not (policy.relevant_only or policy.local or policy.proposed):
             return None
-        for query, members in groups_of(query_ids).items():
-            relevant = self.relevant[query][0]
-            wanted[relevant] += 1e6  # always first: every reward of the query hangs on them
-            if policy.local:
-                near = index.best(index.read(relevant), self.config.depth)
-            elif policy.proposed:
-                near = index.best(vectors[members], self.config.depth)
-            else:
-                continue
-            wanted[near] += 1 / np.log2(2 + np.arange(len(near)))
+        groups = groups_of(query_ids)
+        relevant = [self.relevant[query][0] for query in groups]
+        for rows in relevant:
+            wanted[rows] += 1e6  # always first: every reward of the query hangs on them
+        if policy.local or policy.proposed:
+            asked = (
+                [index.read(rows) for rows in relevant]
+                if policy.local
+                else [vectors[members] for members in groups.values()]
+            )
+            for near in index.best(asked, self.config.depth):
+                wanted[near] += 1 / np.log2(2 + np.arange(len(near)))
         return wanted
 
     def _rank(self, index: EvolvingIndex, query_ids: Sequence[str], vectors: np.ndarray) -> list[Outcome]:
-        ages, outcomes = self.ages, dict[int, Outcome]()
-        groups = groups_of(query_ids)
+        ages, outcomes, groups = self.ages, dict[int, Outcome](), groups_of(query_ids)
+        asked, relevant = [vectors[m] for m in groups.values()], [self.relevant[query][0] for query in groups]
         if self.policy.relevant_only:
-            batch = np.unique(np.concatenate([self.relevant[query][0] for query in groups]))
-        for query, members in groups.items():
-            if self.policy.relevant_only:
-                rows, weights = batch, np.ones(len(batch))
-            else:
-                rows, weights = index.pool(vectors[members], self.config.depth, self.relevant[query][0], self._rng)
-            scores = index.scores(vectors[members], None if len(rows) == len(index) else rows)  # (G, n)
+            batch = np.unique(np.concatenate(relevant))
+            pools: Iterator[tuple[np.ndarray, ...]] = (
+                (batch, np.ones(len(batch)), index.scores(queries, batch)) for queries in asked
+            )
+        else:
+            pools = index.pools(asked, self.config.depth, relevant, self._rng)
+        for (query, members), (rows, weights, scores) in zip(groups.items(), pools, strict=True):
             if self.calibration is not None:
                 scores = self.calibration(scores, ages[rows])
             for member, line in zip(members, scores, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from search_r3.index.exact import BLOCK_BYTES
 
 NEVER = -1
+SCORE_BYTES = 256 << 20  # of cosines held at once
 
 
 class EvolvingIndex:
@@ -61,18 +62,32 @@ class EvolvingIndex:
             found[:, block] = queries @ np.asarray(self.vectors[block], np.float32).T
         return found
 
-    def best(self, queries: np.ndarray, depth: int) -> np.ndarray:
-        """The (depth,) rows nearest to any of the queries (Q, D), nearest first."""
-        return best_columns(self.scores(queries).max(axis=0), depth)
+    def best(self, groups: Sequence[np.ndarray], depth: int) -> Iterator[np.ndarray]:
+        """For each group of queries (G, D), the (depth,) rows nearest to any of them, nearest first."""
+        for scores in self._group_scores(groups):
+            yield best_columns(scores.max(axis=0), depth)
 
-    def pool(
-        self, queries: np.ndarray, depth: int, relevant: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending rows to rank for these queries, the relevant ones among them, and how many rows each stands for.
-
-        Here: all rows, one each.
+    def pools(
+        self, groups: Sequence[np.ndarray], depth: int, relevant: Sequence[np.ndarray], rng: np.random.Generator
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each group, the rows to rank (n,), ascending, the relevant ones among them; how many rows of the corpus
+        each stands for (n,); and their cosines with the group's queries (G, n). Here: all rows, one each.
         """
-        return np.arange(len(self)), np.ones(len(self))
+        rows, weights = np.arange(len(self)), np.ones(len(self))
+        for scores in self._group_scores(groups):
+            yield rows, weights, scores
+
+    def _group_scores(self, groups: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Cosines of each group with every row, (G, N); several groups are scored at once, as memory allows."""
+        limit, start = max(1, SCORE_BYTES // (4 * len(self))), 0
+        while start < len(groups):
+            end, queries = start + 1, len(groups[start])
+            while end < len(groups) and queries + len(groups[end]) <= limit:
+                queries += len(groups[end])
+                end += 1
+            scores = self.scores(np.concatenate(groups[start:end]))
+            yield from np.split(scores, np.cumsum([len(group) for group in groups[start : end - 1]]))
+            start = end
 
     def maintain(self, rng: np.random.Generator) -> None:
         """Called after every step's writes; there is nothing to maintain here."""

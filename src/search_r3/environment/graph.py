@@ -10,12 +10,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from search_r3.environment.evolving import EvolvingIndex
+from search_r3.environment.evolving import EvolvingIndex, best_columns
 from search_r3.errors import StoreError
 
 CONNECTIVITY = 16
@@ -69,33 +70,29 @@ class EvolvingGraph(EvolvingIndex):
             if older != path:
                 older.unlink()
 
-    def best(self, queries: np.ndarray, depth: int) -> np.ndarray:
+    def best(self, groups: Sequence[np.ndarray], depth: int) -> Iterator[np.ndarray]:
         """See `EvolvingIndex.best`; a row may be missed."""
-        if self._graph is None:
-            self.build()
-        depth = min(depth, len(self))
-        rows = np.unique(self._search(queries, depth))
-        scores = self.scores(queries, rows).max(axis=0)
-        found: np.ndarray = rows[np.argsort(-scores, kind="stable")[:depth]]
-        return found
+        for queries in groups:
+            rows = np.unique(self._search(queries, min(depth, len(self))))
+            yield rows[best_columns(self.scores(queries, rows).max(axis=0), depth)]
 
-    def pool(
-        self, queries: np.ndarray, depth: int, relevant: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `EvolvingIndex.pool`: proposals and relevant rows stand for themselves, a uniform sample for the rest."""
-        near = np.zeros(len(self), bool)
-        near[relevant] = True
-        near[np.unique(self._search(queries, min(depth, len(self))))] = True
-        rest = len(self) - int(near.sum())
-        drawn = rng.integers(0, len(self), min(SAMPLE, 4 * len(self)))
-        drawn = np.unique(drawn[~near[drawn]])
-        rows = np.sort(np.concatenate([np.flatnonzero(near), drawn]))
-        return rows, np.where(near[rows], 1.0, rest / max(len(drawn), 1))
+    def pools(
+        self, groups: Sequence[np.ndarray], depth: int, relevant: Sequence[np.ndarray], rng: np.random.Generator
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """See `EvolvingIndex.pools`: what is proposed or relevant stands for itself, a uniform sample for the rest."""
+        for queries, wanted in zip(groups, relevant, strict=True):
+            near = np.union1d(self._search(queries, min(depth, len(self))), wanted)
+            drawn = np.setdiff1d(rng.integers(0, len(self), min(SAMPLE, 4 * len(self))), near)
+            rows = np.concatenate([near, drawn])
+            weights = np.ones(len(rows))
+            weights[len(near) :] = (len(self) - len(near)) / max(len(drawn), 1)
+            order = np.argsort(rows)
+            yield rows[order], weights[order], self.scores(queries, rows[order])
 
     def maintain(self, rng: np.random.Generator) -> None:
         """Look rows of the corpus up, and build the graph anew where too few find themselves."""
         if self._graph is None:
-            return
+            self.build()
         rows = rng.choice(len(self), min(PROBES, len(self)), replace=False)
         queries = self.read(rows)
         found = self._search(queries, min(10, len(self)))

@@ -98,7 +98,10 @@ def dcg(outcome: Outcome) -> float:
 
     In [0, 1]. The reward nearest to that of Search-R3 (arXiv 2510.07048).
     """
-    gained = sum(r.grade * (1 + r.similarity) / 2 / np.log2(1 + r.rank) for r in outcome.relevant)
+    ranks = [max(r.rank, place) for place, r in enumerate(outcome.relevant, 1)]  # equal scores share no rank
+    gained = sum(
+        r.grade * (1 + r.similarity) / 2 / np.log2(1 + rank) for r, rank in zip(outcome.relevant, ranks, strict=True)
+    )
     grades = sorted((r.grade for r in outcome.relevant), reverse=True)
     return float(gained / sum(grade / np.log2(2 + place) for place, grade in enumerate(grades)))
 

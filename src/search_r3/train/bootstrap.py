@@ -61,6 +61,7 @@ def bootstrap(
     """
     collection = cut(load_collection(folder, split, limit), None, documents)
     done = _done(output)
+    places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
     rows = {document.id: row for row, document in enumerate(collection.documents)}
     if todo:
@@ -74,7 +75,7 @@ def bootstrap(
                 texts,
                 max_new_tokens=how.max_new_tokens,
                 temperature=how.temperature,
-                seed=how.seed + start + len(done),
+                seed=how.seed + places[block[0].id],
                 samples=how.samples,
                 batch_rows=BLOCK * how.samples,
             )

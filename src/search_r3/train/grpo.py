@@ -47,10 +47,13 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         self._control = control_ids(engine)
         self._vectors: Tensor | None = None
         self._targets: dict[str, Tensor] = {}
+        self._unscorable = False
         super().__init__(reward_funcs=[total], rollout_func=_roll_out, processing_class=engine.tokenizer, **kwargs)
         self._packed = Forward(engine)
-        if self.ref_model is not None:
-            self._packed.watch(self.ref_model)
+        if self.ref_model is not None:  # TRL loads it by name, which is the base's where the policy was an adapter
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference.load_state_dict(engine.model.state_dict())
+            self._packed.watch(reference)
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -68,7 +71,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         return {
             "prompt_ids": [prefix + tail for tail in tails],
             "completion_ids": [list(episode.reasoned.token_ids) for episode in found.episodes],
-            "logprobs": None,
+            # TRL corrects for the sampler's probabilities with vLLM only; ours are the policy's own.
+            "logprobs": [list(e.reasoned.logprobs) for e in found.episodes] if self.use_vllm else None,
             "given_reward": rewards,
         }
 
@@ -83,6 +87,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         for number, ids in enumerate(written):
             end = next((place + 1 for place, one in enumerate(ids) if one in self._control), len(ids))
             written[number] = ids[:end]
+            if logprobs is not None:
+                logprobs[number] = logprobs[number][:end]
             texts.append([one for one in ids[:end] if one not in self._control])
         vectors = self.policy.engine.encode([a + b for a, b in zip(tails, texts, strict=True)], "reason")
         return [
@@ -97,7 +103,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         ]
 
     def _note(self, found: Rollouts) -> None:
-        """Figures of these rollouts for the log; TRL averages them over the steps of a log line."""
+        """Figures of the rollouts of all processes for the log; TRL averages them over the steps of a log line."""
         metrics, lengths = self._metrics["train"], [len(e.reasoned.token_ids) for e in found.episodes]
         ranks = [outcome.relevant[0].rank for outcome in found.outcomes]
         vectors = torch.tensor(np.stack([e.reasoned.vector for e in found.episodes]))
@@ -117,8 +123,10 @@ class RetrievalGRPOTrainer(GRPOTrainer):
             "anisotropy": float(anisotropy(vectors)),
             "resampled": float(found.resampled),
         } | {f"environment_{name}": value for name, value in self.rollouter.environment.report().items()}
-        for name, value in figures.items():
-            metrics[name].append(value)
+        shares = self.rollouter.gather([figures])
+        for name in figures:
+            metrics[name].append(_mean([share[name] for share in shares if np.isfinite(share[name])]))
+        self._unscorable = all(share["not_scorable"] == 1 for share in shares)
 
     # --- forward pass -------------------------------------------------------------------------------------------------
 
@@ -183,7 +191,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
                 f"step {self.state.global_step + 1}: an advantage is not finite; nothing was updated and the last "
                 "checkpoint is good. Look at your reward function: it must return finite numbers or None"
             )
-        if self.rollouts is not None and all(s.total is None for s in self.rollouts.scored):
+        if self._unscorable:
             raise TrainingError(
                 f"step {self.state.global_step + 1}: no rollout could be scored (all rewards are None); nothing was "
                 "updated. Look at reward.rank and at the judgements of these queries"
@@ -195,7 +203,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         environment = self.rollouter.environment
         index = environment.ready()
         relevant = [environment.relevant[episode.query_id][0] for episode in found.episodes]
-        rows = np.unique(np.concatenate([environment.fresh_rows(), *relevant]))
+        every = self.rollouter.gather([np.unique(np.concatenate(relevant))])
+        rows = np.unique(np.concatenate([environment.fresh_rows(), *every]))
         best = []
         for episode, numbers in zip(found.episodes, relevant, strict=True):
             cosines = index.read(numbers) @ episode.reasoned.vector

@@ -42,9 +42,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         change = (parameter - before[name]).detach()
         if parameter is embedding:
             row = manifest.embed_token_id
-            tensors["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = parameter[
-                row : row + 1
-            ]
+            tensors[TOKEN_ROW] = parameter[row : row + 1]
             change[row] = 0
         if not change.any():
             continue
@@ -53,8 +51,9 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         left, values, right = torch.linalg.svd(change, full_matrices=False)
         root = values[:rank].sqrt()
         stem = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{stem}.lora_A.weight"] = root[:, None] * right[:rank]
-        tensors[f"{stem}.lora_B.weight"] = left[:, :rank] * root
+        room = (0, 0, 0, max(0, rank - len(values)))  # PEFT expects the same rank everywhere
+        tensors[f"{stem}.lora_A.weight"] = torch.nn.functional.pad(root[:, None] * right[:rank], room)
+        tensors[f"{stem}.lora_B.weight"] = torch.nn.functional.pad(left[:, :rank] * root, room[2:])
         kept += float((values[:rank] ** 2).sum())
         total += float((values**2).sum())
         names.append(name.removesuffix(".weight").split(".")[-1])

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import Trainer, TrainerCallback
@@ -33,7 +33,7 @@ from search_r3.model.engine import Engine
 from search_r3.records import Document
 from search_r3.train.config import Source
 from search_r3.train.data import Dropped, dump, load_examples
-from search_r3.train.rewards import Scorer
+from search_r3.train.rewards import Scorer, audited
 from search_r3.train.rl_config import Corpus, Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
 from search_r3.train.run import METRICS, TABLE, DevTest, Track, claim, finish, latest, load_model
@@ -72,6 +72,8 @@ class PreparedRL:
 def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
     """Read and check all data. Raises DataError or TrainingError before anything is computed."""
     Scorer(recipe.reward)
+    if len({source.path for source in recipe.sources}) < len(recipe.sources):
+        raise TrainingError("sources: the same path twice; give each set once")
     plain = [Source(path=source.path, split=source.split) for source in recipe.sources]
     examples, dropped = load_examples(plain, recipe.held_out, root)
     documents: list[Document] = []
@@ -91,6 +93,8 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
             judged = collection.judgements[name]
             qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
         streams.append(list(names.values()))
+    if len(documents) < recipe.environment.k:
+        raise TrainingError(f"the sources hold {len(documents)} documents, fewer than environment.k; lower it")
     return PreparedRL(recipe, documents, qrels, queries, dropped, _plan(streams, recipe))
 
 
@@ -104,12 +108,13 @@ def _cut(documents: Sequence[Document], needed: set[str], source: Corpus) -> lis
 def _plan(streams: Sequence[Sequence[str]], recipe: RLRecipe) -> list[str]:
     """Query ids of every step: sources drawn by weight, each passed through in a new random order each time."""
     rng = np.random.default_rng(recipe.seed)
+    orders = [np.random.default_rng([recipe.seed, n]) for n in range(len(streams))]
     weights = np.array([source.weight for source in recipe.sources])
     order: list[list[str]] = [[] for _ in streams]
     result = []
     for turn in rng.choice(len(streams), recipe.steps * recipe.group.queries, p=weights / weights.sum()):
         if not order[turn]:
-            order[turn] = [streams[turn][n] for n in rng.permutation(len(streams[turn]))]
+            order[turn] = [streams[turn][n] for n in orders[turn].permutation(len(streams[turn]))]
         result.append(order[turn].pop())
     return result
 
@@ -135,13 +140,15 @@ def train(
 
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
+    settings = arguments(recipe, str(output), state.num_processes, progress)
+    if state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise TrainingError("stage 2 does not run with sharded weights yet; launch it without FSDP or DeepSpeed")
     with state.main_process_first():
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
             claim(output, recipe.model_dump(), prepared.fingerprint, notes, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output, [ENVIRONMENT])
-    settings = arguments(recipe, str(output), state.num_processes, progress)
     model.to(settings.device)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
@@ -160,6 +167,7 @@ def train(
         shared,
         recipe.environment,
         lengths=[min(length, group.document_tokens) + 1 for length in lengths],
+        reward=audited(recipe.reward.rank),
     )
 
     def sample(queries: Sequence[str], seed: int, first_row: int) -> Any:
@@ -167,7 +175,9 @@ def train(
             return policy.sample(queries, recipe, seed, first_row)
         return trainer.write(queries, seed, first_row)
 
-    rollouter = Rollouter(recipe, environment, prepared.queries, sample, gather_object, state.process_index)
+    rollouter = Rollouter(
+        recipe, environment, prepared.queries, sample, gather_object, state.process_index, spare=prepared.order
+    )
     stopper = _Guard(recipe.guards)
     test = DevTest(policy.engine, recipe.dev, root)
     from datasets import Dataset
@@ -286,34 +296,47 @@ def load_environment(environment: RetrievalEnvironment, path: Path) -> None:
 class _Guard(TrainerCallback):
     """Stops a run, or halves its learning rate, when a limit is broken too many steps in a row."""
 
+    ADVICE: ClassVar = {
+        "format": "the policy does not end its reasonings with the embedding token; teach it to in stage 1 (a source's "
+        "`thoughts`), or start anew with a higher reward.format_weight or group.reasoning_tokens",
+        "kl": "the policy has left the one it began with; start anew with a lower learning_rate or a higher "
+        "objective.beta",
+        "repeated": "reasonings repeat themselves; look at rollouts.jsonl, and start anew with a lower learning_rate "
+        "or a higher objective.beta",
+    }
+
     def __init__(self, guards: Guards):
-        self.guards, self.broken, self.reason = guards, dict.fromkeys(("format", "kl", "repeated"), 0), ""
+        self.guards, self.broken, self.reason = guards, dict.fromkeys(self.ADVICE, 0), ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for logs in state.log_history:  # of the run before it was interrupted
+            self._count(args.logging_steps, logs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        guards, logs = self.guards, logs or {}
-        limits = {
-            "format": (logs.get("format_rate", 1.0), guards.least_format, "above"),
-            "kl": (logs.get("kl", 0.0), guards.most_kl, "below"),
-            "repeated": (logs.get("repeated", 0.0), guards.most_repeated, "below"),
-        }
-        advice = {
-            "format": "the policy does not end its reasonings with the embedding token; teach it to in stage 1 (a "
-            "source's `thoughts`), or raise reward.format_weight or group.reasoning_tokens",
-            "kl": "the policy has left the one it began with; lower learning_rate or raise objective.beta",
-            "repeated": "reasonings repeat themselves; look at rollouts.jsonl, lower learning_rate, or raise "
-            "objective.beta",
-        }
-        if "loss" not in logs:
-            return
-        for name, (value, limit, side) in limits.items():
-            bad = limit is not None and (value < limit if side == "above" else value > limit)
-            self.broken[name] = self.broken[name] + args.logging_steps if bad else 0
-            if self.broken[name] < guards.patience:
-                continue
-            self.broken[name] = 0
-            if guards.action == "halve":
+        for name, value, limit in self._count(args.logging_steps, logs or {}):
+            if self.guards.action == "halve":
                 scheduler = kwargs["lr_scheduler"]
                 scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
             else:
                 control.should_training_stop = control.should_save = True
-                self.reason = f"{name} was {value:.3g} for {guards.patience} steps, limit {limit:g}: {advice[name]}"
+                steps = self.guards.patience
+                self.reason = f"{name} was {value:.3g} after {steps} steps beyond {limit:g}: {self.ADVICE[name]}"
+
+    def _count(self, steps: int, logs: dict[str, float]) -> list[tuple[str, float, float]]:
+        """Name, value and limit of what has been broken for `patience` steps, which is then counted anew."""
+        if "loss" not in logs:
+            return []
+        guards, due = self.guards, []
+        limits = {
+            "format": ("format_rate", guards.least_format, -1),
+            "kl": ("kl", guards.most_kl, 1),
+            "repeated": ("repeated", guards.most_repeated, 1),
+        }
+        for name, (figure, limit, sign) in limits.items():
+            value = logs.get(figure)
+            bad = limit is not None and value is not None and sign * (value - limit) > 0
+            self.broken[name] = self.broken[name] + steps if bad else 0
+            if limit is not None and value is not None and self.broken[name] >= guards.patience:
+                self.broken[name] = 0
+                due.append((name, value, limit))
+        return due

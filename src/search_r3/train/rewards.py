@@ -15,10 +15,11 @@ import numpy as np
 from search_r3.environment import Outcome
 from search_r3.environment import dcg as outcome_dcg
 from search_r3.errors import TrainingError
-from search_r3.records import Episode, Status
+from search_r3.records import Episode, Reasoned, Status
 from search_r3.train.rl_config import Reward
 
 RewardFunction = Callable[[Episode, Outcome], float | None]
+NO_EPISODE = Episode("", "", Reasoned("", np.empty(0, np.float32), (), (), Status.FORCED), 0)  # rankings need none
 MARGIN_WIDTH = 0.2  # of the cosine gap's range that the margin reward tells apart
 
 
@@ -94,6 +95,12 @@ class Scorer:
         if ranked is not None:
             total = reward.rank_weight * ranked + reward.format_weight * parts[0] + reward.length_weight * parts[1]
         return Scored(total, ranked, *parts)
+
+
+def audited(name: str) -> Callable[[Outcome], float | None]:
+    """What audits compare: the ranking reward of a recipe; `dcg` where it is a user's own, which needs an episode."""
+    function = RANKED.get(name)
+    return outcome_dcg if function is None else lambda outcome: function(NO_EPISODE, outcome)
 
 
 def find(name: str) -> RewardFunction:

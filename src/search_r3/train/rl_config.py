@@ -90,7 +90,7 @@ class Guards(Strict):
     """When a run stops, or slows down, by itself."""
 
     resample: int = Field(default=0, ge=0)
-    """Times that queries whose rollouts all earn the same are replaced by others in a step."""
+    """Times that queries whose rollouts all earn the same are replaced by others in a step, each at a budget more."""
     patience: int = Field(default=20, gt=0)
     """Steps that a limit must be broken in a row."""
     least_format: float = Field(default=0.01, ge=0, le=1)
@@ -133,7 +133,7 @@ class RLRecipe(Strict):
     guards: Guards = Guards()
     """When to stop."""
     lora: Lora | None = Lora()
-    """Adapters; null trains all weights."""
+    """Adapters on all linear layers; the embedding token's row stays. null trains all weights."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak; linear warm-up, then constant."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -150,8 +150,8 @@ class RLRecipe(Strict):
     """Test while training."""
     save_every: int = Field(default=20, gt=0)
     """Steps between checkpoints to resume from."""
-    keep: int = Field(default=2, gt=0)
-    """Checkpoints kept."""
+    keep: int = Field(default=2, gt=1)
+    """Checkpoints kept; two, because the state of the environment is written after the older one is gone."""
     log_every: int = Field(default=1, gt=0)
     """Steps between log lines."""
     table_every: int = Field(default=10, gt=0)
@@ -166,6 +166,8 @@ class RLRecipe(Strict):
         rollouts = self.group.queries * self.group.samples
         if rollouts % self.group.micro:
             raise ValueError(f"group.micro ({self.group.micro}) must divide the {rollouts} rollouts of a step")
+        if self.objective.variant == "bnpo" and self.group.micro < rollouts:
+            raise ValueError("objective.variant bnpo averages over each group.micro; it must be all rollouts of a step")
         if self.reward.rank_weight == 0 and self.objective.info_nce == 0:
             raise ValueError("reward.rank_weight and objective.info_nce are both 0: nothing rewards a good ranking")
         return self

@@ -88,8 +88,8 @@ class Rollouter:
     """Queries -> episodes -> ranking -> rewards, one hop each.
 
     sample: writes G reasonings of each query: (query texts, seed, first row) -> reasonings.
-    queries: text by query id. spare: ids to replace queries with whose rollouts all earn the same.
-    gather, rank: of the processes; every one of them must call in step.
+    queries: text by query id. gather, rank: of the processes; every one of them must call in step.
+    spare: ids that replace queries whose rollouts all earn the same; default: any.
     """
 
     def __init__(
@@ -100,9 +100,10 @@ class Rollouter:
         sample: Callable[[Sequence[str], int, int], list[Reasoned]],
         gather: Gather = list,
         rank: int = 0,
+        spare: Sequence[str] = (),
     ):
         self.recipe, self.environment, self.queries, self.sample = recipe, environment, queries, sample
-        self.gather, self.rank = gather, rank
+        self.gather, self.rank, self.spare = gather, rank, spare or list(queries)
         self.scorer = Scorer(recipe.reward)
 
     def __call__(self, names: Sequence[str], step: int) -> Rollouts:
@@ -116,9 +117,11 @@ class Rollouter:
             if not replaced:
                 break
             resampled += replaced
-            spare = np.random.default_rng([self.recipe.seed, step, attempt, self.rank])
-            pool = list(self.queries)
-            drawn = [pool[n] for n in spare.integers(0, len(pool), len(flat))]
+            rng = np.random.default_rng([self.recipe.seed, step, attempt, self.rank])
+            pool = [name for name in self.spare if name not in chosen] or list(self.spare)
+            drawn = [pool[n] for n in rng.integers(0, len(pool), len(flat))]
+            for place, name in zip(flat, drawn, strict=True):
+                chosen[place] = name
             found = _merge(found, self._roll(drawn, step, attempt), flat, self.recipe.group.samples)
         scored = found.scored
         if self.recipe.reward.shuffle:

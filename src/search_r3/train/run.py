@@ -47,11 +47,20 @@ def claim(output: Path, recipe: dict[str, Any], data: str, notes: dict[str, Any]
             raise TrainingError(f"{path}: damaged ({error}); give a new folder") from error
         if old_data != data:
             raise TrainingError(f"{output}: the training data changed since this run began; restore it, or start anew")
-        if old != recipe and not change:
+        changed = _differences(old, recipe)
+        if changed and not change:
             raise TrainingError(
-                f"{output}: the recipe changed since this run began: {'; '.join(_differences(old, recipe))}; "
+                f"{output}: the recipe changed since this run began: {'; '.join(changed)}; "
                 "restore it, start anew, or resume with --allow-change"
             )
+        stored = [line for line in changed if line.startswith(("learning_rate", "weight_decay", "warmup"))]
+        if stored:
+            raise TrainingError(
+                f"{output}: {'; '.join(stored)}: the optimiser's settings are part of its checkpoints and cannot "
+                "change in a run; start anew"
+            )
+        if changed:
+            shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
     write_json(path, {"recipe": recipe, "data": data, **notes})
 
 
