@@ -171,14 +171,13 @@ class RetrievalGRPOTrainer(GRPOTrainer):
             labels[0, places[-1]] = torch.tensor(chosen, device=ids.device)
         with self.accelerator.autocast():
             output, vectors = self._packed.run(model, ids, packed, shift_labels=labels, fused_lm_head=True)
-        logps, entropies = (
-            torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
-            for padded in (
-                pad_sequence([values[0, place] for place in places], batch_first=True)
-                for values in (output.log_probs, output.entropy)
-            )
-        )
-        return logps, entropies, vectors
+
+        def rows(values: Tensor) -> Tensor:
+            padded = pad_sequence([values[0, place] for place in places], batch_first=True)
+            return torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
+
+        logps = rows(output.log_probs)
+        return logps, torch.zeros_like(logps) if output.entropy is None else rows(output.entropy), vectors
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
@@ -233,7 +232,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
                     temperature=self.recipe.objective.temperature,
                     false_negative_margin=self.recipe.objective.false_negative_margin,
                 )
-            self._metrics["train"]["info_nce"].append(float(contrast.detach()))
+            self._metrics["train"]["info_nce"].append(self.accelerator.gather(contrast.detach()).mean().item())
             if weight:
                 loss = loss + weight * contrast / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
