@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PrinterCallback
 
 from common import arguments, finish
 from search_r3 import SearchR3
@@ -130,14 +131,15 @@ def theirs(args: Any) -> tuple[float, dict[str, float]]:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[watch],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return watch.seconds, {"their_length": float(np.mean(lengths))}
 
 
 def main() -> None:
     args = arguments(
-        __doc__, queries=(4, "queries of a step"), samples=(8, "rollouts of a query"), micro=(16, "rollouts at once"),
-        tokens=(48, "most tokens of a reasoning"), steps=(4, "steps"), model=("default", "policy"),
+        __doc__, queries=(2, "queries of a step"), samples=(8, "rollouts of a query"), micro=(16, "rollouts at once"),
+        tokens=(48, "most tokens of a reasoning"), steps=(3, "steps"), model=("default", "policy"),
     )  # fmt: skip
     seconds, parts, figures = ours(args, "frozen")
     peer, their_figures = theirs(args)

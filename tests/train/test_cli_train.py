@@ -37,7 +37,7 @@ def test_dry_run_counts_and_trains_nothing(recipe_file, recipe, root, tmp_path):
 def test_train_plot_and_refusals(recipe_file, root, tmp_path):
     output = tmp_path / "run"
     result = run("train", "sft", recipe_file, "--data", root, "-o", output, "--set", "steps=2", "--json")
-    assert json.loads(result.stdout.splitlines()[-1]) == {"model": str(output / "model")}
+    assert json.loads(result.stdout) == {"model": str(output / "model")}
     run("plot", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TrainingError, match="holds a run"):
@@ -66,7 +66,7 @@ def test_reinforce_from_the_command_line(base, root, tmp_path):
     assert (report["rollouts"], report["documents"], report["queries"]) == (4, 20, 20)
     assert not output.exists()
     done = run("train", "rl", recipe, "--data", root, "-o", output, "--set", "reward.rank=log_rank", "--json")
-    assert json.loads(done.stdout.splitlines()[-1]) == {"model": str(output / "model")}
+    assert json.loads(done.stdout) == {"model": str(output / "model")}
     run("plot", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     packed = run("package", output / "model", "--base", output / "initial", "-o", tmp_path / "adapter", "--json")

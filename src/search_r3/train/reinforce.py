@@ -24,7 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
@@ -193,6 +193,7 @@ def train(
         peft_config=_adapter(recipe),
         callbacks=[Track(output / METRICS), stopper, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)  # standard output is for results
     keeper = _Keeper(trainer, environment, output, last)
     test.before = lambda: policy.sync(trainer.accelerator.unwrap_model(trainer.model))
     test.log = partial(Trainer.log, trainer)  # TRL's own would empty its meters into this line

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
 from search_r3.model.checkpoint import Manifest, quiet
@@ -106,6 +106,7 @@ def train(
         reference=reference,
         callbacks=[Track(output / METRICS), test, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)  # standard output is for results
     test.log = trainer.log
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
