@@ -273,6 +273,8 @@ def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
     with pytest.raises(TrainingError, match=r"stopped at step 2: format was 0.*`thoughts`"):
         run(rl(guards=guards), root, tmp_path / "format")
     assert (tmp_path / "format" / "checkpoint-2" / ENVIRONMENT).exists()
+    with pytest.raises(TrainingError, match=r"stopped at step 3: length was .*stopped thinking"):
+        run(rl(guards={"patience": 3, "least_length": 50}), root, tmp_path / "length")
     for name in ("nope", "nope.nope:nope"):
         with pytest.raises(TrainingError, match=r"reward\.rank: nope"):
             prepare(rl(reward={"rank": name}), root)

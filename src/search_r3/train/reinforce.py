@@ -300,6 +300,8 @@ class _Guard(TrainerCallback):
     ADVICE: ClassVar = {
         "format": "the policy does not end its reasonings with the embedding token; teach it to in stage 1 (a source's "
         "`thoughts`), or start anew with a higher reward.format_weight or group.reasoning_tokens",
+        "length": "the policy has stopped thinking, because a plain embedding ranks better; start anew from a better "
+        "cold start, or with reward.length_weight and reward.least_tokens",
         "kl": "the policy has left the one it began with; start anew with a lower learning_rate or a higher "
         "objective.beta",
         "repeated": "reasonings repeat themselves; look at rollouts.jsonl, and start anew with a lower learning_rate "
@@ -330,6 +332,7 @@ class _Guard(TrainerCallback):
         guards, due = self.guards, []
         limits = {
             "format": ("format_rate", guards.least_format, -1),
+            "length": ("length", guards.least_length, -1),
             "kl": ("kl", guards.most_kl, 1),
             "repeated": ("repeated", guards.most_repeated, 1),
         }

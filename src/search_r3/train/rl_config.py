@@ -97,6 +97,8 @@ class Guards(Strict):
     """Smallest share of rollouts that end with the embedding token themselves; 0: never mind."""
     most_kl: float | None = Field(default=None, gt=0)
     """Largest divergence from the first policy, nats a token."""
+    least_length: float | None = Field(default=None, gt=0)
+    """Smallest mean length of the reasonings, tokens."""
     most_repeated: float | None = Field(default=None, gt=0)
     """Largest share of three-word runs of a reasoning that repeat earlier ones of it."""
     action: Literal["stop", "halve"] = "stop"
