@@ -72,12 +72,9 @@ def plot(run: Path, image: Path) -> None:
     for axes, (title, names) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
         for name, (steps, values) in series.items():
             if name in names or any(wanted.endswith("_") and name.startswith(wanted) for wanted in names):
-                axes.plot(
-                    steps,
-                    values,
-                    label=name.removeprefix("dev_").removeprefix("environment_"),
-                    lw=2 if name.startswith("dev_ndcg10") else 1,
-                )
+                label = name.removeprefix("dev_").removeprefix("environment_")
+                marker = "." if len(values) < 30 else ""  # a few points are no line
+                axes.plot(steps, values, marker=marker, label=label, lw=2 if name.startswith("dev_ndcg10") else 1)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines and len(axes.lines) > 1:
