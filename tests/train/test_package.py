@@ -40,6 +40,11 @@ def test_an_extracted_adapter_is_the_checkpoint(checkpoint, trained, tmp_path):
 
 def test_what_an_adapter_cannot_hold_is_named(checkpoint, trained, tmp_path):
     model, write = trained
+    with pytest.raises(CheckpointError, match="nothing to package"):
+        extract_adapter(checkpoint, checkpoint, tmp_path / "adapter")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        extract_adapter(checkpoint, checkpoint, tmp_path / "taken")
     with torch.no_grad():
         model.get_decoder().norm.weight += 1
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight was trained"):

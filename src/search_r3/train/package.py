@@ -23,10 +23,12 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
     """Write a LoRA adapter in bfloat16 (PEFT's format) that turns `base` into nearly `checkpoint`.
 
     Returns the share of the change that is kept (squared norm) and the adapter's size in MB. Raises CheckpointError for
-    models of other shapes and for changes that no such adapter can hold, FileExistsError if `output` exists.
+    models of other shapes, for changes that no such adapter can hold, and if `output` exists.
     """
     from peft import LoraConfig
 
+    if output.exists():
+        raise CheckpointError(f"{output}: exists already; give a new folder")
     trained, _, manifest = load(resolve(checkpoint))
     original, _, base_manifest = load(resolve(base))
     if manifest.embed_token_id != base_manifest.embed_token_id:
@@ -57,6 +59,8 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         kept += float((values[:rank] ** 2).sum())
         total += float((values**2).sum())
         names.append(name.removesuffix(".weight").split(".")[-1])
+    if not names:
+        raise CheckpointError(f"{checkpoint}: no layer differs from {base}; there is nothing to package")
     config: Any = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -70,6 +74,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
     stored = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     with new_folder(output) as folder:
         save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").chmod(0o644)
         config.save_pretrained(str(folder))
     size = (output / "adapter_model.safetensors").stat().st_size / 1e6
     return {"kept": kept / total if total else 1.0, "megabytes": size}
