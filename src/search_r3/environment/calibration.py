@@ -2,8 +2,7 @@
 
 A stale row's cosine with a query is what it was worth to older weights. The rows of the uniform sample, scored before
 and after they were encoded again, show by how much such cosines are off. Only those near the top matter for a ranking,
-so the shift is measured there; a line through all cosines instead was measured to do harm, for it pulls high stale
-cosines towards the mean.
+so the shift is measured there; a line through all cosines would pull high stale ones towards the mean.
 """
 
 from __future__ import annotations

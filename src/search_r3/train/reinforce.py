@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,15 +28,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
-from search_r3.evaluate.collection import load_collection
+from search_r3.evaluate.collection import cut, load_collection
 from search_r3.model.engine import Engine
 from search_r3.records import Document
 from search_r3.train.config import Source
 from search_r3.train.data import Dropped, dump, load_examples
 from search_r3.train.rewards import Scorer, audited
-from search_r3.train.rl_config import Corpus, Guards, RLRecipe
+from search_r3.train.rl_config import Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
-from search_r3.train.run import METRICS, TABLE, DevTest, Track, claim, finish, latest, load_model
+from search_r3.train.run import METRICS, TABLE, DevTest, Track, claim, finish, keep_until, latest, load_model
 
 ENVIRONMENT = "environment.safetensors"
 
@@ -85,24 +85,16 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         names = {name: f"{source.path}:{name}" for name in kept}
         queries |= {names[example.id]: example.query for example in found if example.id in names}
         collection = load_collection(root / source.path, source.split)
-        needed = {d for name in kept for d, grade in collection.judgements[name].items() if grade > 0}
-        chosen = _cut(collection.documents, needed, source)
-        known = {document.id for document in chosen}
-        documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in chosen]
-        for name in kept:
-            judged = collection.judgements[name]
+        asked = replace(collection, queries=[query for query in collection.queries if query.id in names])
+        collection = cut(asked, None, source.documents)
+        known = {document.id for document in collection.documents}
+        documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in collection.documents]
+        for name, judged in collection.judgements.items():
             qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
         streams.append(list(names.values()))
     if len(documents) < recipe.environment.k:
         raise TrainingError(f"the sources hold {len(documents)} documents, fewer than environment.k; lower it")
     return PreparedRL(recipe, documents, qrels, queries, dropped, _plan(streams, recipe))
-
-
-def _cut(documents: Sequence[Document], needed: set[str], source: Corpus) -> list[Document]:
-    if source.documents is None:
-        return list(documents)
-    ranked = sorted(documents, key=lambda document: document.id not in needed)  # stable
-    return ranked[: max(source.documents, len(needed))]
 
 
 def _plan(streams: Sequence[Sequence[str]], recipe: RLRecipe) -> list[str]:
@@ -234,12 +226,8 @@ class _Keeper(TrainerCallback):
             self.environment.reset()
         else:
             load_environment(self.environment, self.last / ENVIRONMENT)
-        table = self.output / TABLE
-        if state.is_world_process_zero and table.exists():
-            lines = [
-                line for line in table.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-            ]
-            table.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step), encoding="utf-8")
+        if state.is_world_process_zero:
+            keep_until(self.output / TABLE, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         found, every = self.trainer.rollouts, self.trainer.recipe.table_every

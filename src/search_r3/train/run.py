@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.evaluate.metrics import score_queries
-from search_r3.files import write_json
+from search_r3.files import write_json, write_text
 from search_r3.model.checkpoint import Manifest, Parent, initialise, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
@@ -117,6 +117,14 @@ def finish(
     return output / FINAL
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drop from a JSONL log the lines of later steps, which are done again after a kill, and a line cut short."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
 class Track(TrainerCallback):
     """metrics.jsonl: one line a log; lines of steps that are done again after a kill are dropped."""
 
@@ -124,10 +132,8 @@ class Track(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = (line for line in lines if line.endswith("\n"))
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
+        if state.is_world_process_zero:
+            keep_until(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
