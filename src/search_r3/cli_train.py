@@ -190,6 +190,9 @@ def bootstrap(
     keep_all: Annotated[
         bool, typer.Option("--keep-all", help="Keep the best one even where it does not help.")
     ] = False,
+    quote: Annotated[
+        bool, typer.Option("--quote", help="Ask no model: quote each query's document, its title and nearest sentence.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Let the model find reasonings that help it: sample several, keep the one that ranks the answer best.
@@ -198,6 +201,14 @@ def bootstrap(
     """
     if not output.parent.is_dir():
         raise DataError(f"--output {output}: its folder does not exist")
+    if quote:
+        from search_r3.train import bootstrap as bootstrapping
+
+        report = {
+            "queries": bootstrapping.quote(dataset, output, split=split, limit=limit, words=max_new_tokens * 2 // 3)
+        }
+        print_json(report) if json_ else out.print_json(data=report)
+        return
     model = load_model(checkpoint, precision, device)
     teacher = load_model(writer, precision, device) if writer else None
     from search_r3.train.bootstrap import Sampling

@@ -5,7 +5,8 @@ import numpy as np
 from search_r3 import SearchR3
 from search_r3.model.checkpoint import initialise
 from search_r3.records import Reasoned, Status
-from search_r3.train.bootstrap import Sampling, _whole, bootstrap
+from search_r3.train.bootstrap import Sampling, _whole, bootstrap, quote
+from search_r3.train.data import _thoughts
 from search_r3.train.mining import Mining, lexical_search, mine, model_search
 from tests.conftest import TEXTS
 from tests.train.conftest import write_set
@@ -80,3 +81,16 @@ def test_a_reasoning_cut_short_is_taken_back_to_whole_sentences():
     assert cut("no end") == "no end"
     assert cut("A line\nand half") == "A line"
     assert cut("One sentence. Half of anoth", Status.FINISHED) == "One sentence. Half of anoth"
+
+
+def test_quotations_are_the_title_and_the_sentence_nearest_to_the_query(root):
+    (root / "train" / "corpus.jsonl").write_text(
+        '{"_id": "d0", "title": "gzip", "text": "tar packs files. It never compresses. See gzip for that."}\n'
+        '{"_id": "d1", "title": "", "text": "one\\ntwo words more\\nthree"}\n'
+    )
+    (root / "train" / "queries.jsonl").write_text(
+        '{"_id": "q0", "text": "that with gzip?"}\n{"_id": "q1", "text": "two words"}\n'
+    )
+    (root / "train" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    assert quote(root / "train", root / "quotes.jsonl", words=3) == 2
+    assert _thoughts(root / "quotes.jsonl") == {"q0": "gzip: See gzip", "q1": "two words more"}

@@ -63,6 +63,21 @@ def test_chunks_and_sharing_the_prefix_change_no_gradient(recipe, root, tmp_path
             torch.testing.assert_close(other[name], whole[name], atol=1e-5 * scale, rtol=0)
 
 
+def test_reasoned_queries_can_be_left_out_of_the_contrast(recipe, root, tmp_path, monkeypatch):
+    def gradients(name, **loss):
+        changed = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"sft": 0.0, "kl": 0.0} | loss)})
+        return first_step(changed, root, tmp_path / name, monkeypatch)
+
+    left_out, with_them = gradients("a", reasoned=False), gradients("b")
+    silent = [source.model_copy(update={"thoughts": None}) for source in recipe.sources]
+    recipe = recipe.model_copy(update={"sources": silent})
+    without = gradients("c")
+    assert left_out["loss"] == pytest.approx(without["loss"], abs=1e-5)
+    assert with_them["loss"] != pytest.approx(without["loss"], abs=1e-3)
+    for name in without.keys() - {"loss"}:
+        torch.testing.assert_close(left_out[name], without[name], atol=1e-5, rtol=1e-3)
+
+
 def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     recipe = recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["train"], "every": 3})})
     folder = train(prepare(recipe, root), root, tmp_path / "run", progress=False)

@@ -16,9 +16,10 @@ import numpy as np
 
 from search_r3.errors import DataError
 from search_r3.evaluate.collection import cut, load_collection
+from search_r3.files import write_text
 from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
-from search_r3.records import Reasoned, Status
+from search_r3.records import Document, Reasoned, Status
 from search_r3.train.data import dump
 
 BLOCK = 16  # queries sampled, ranked and written at once
@@ -102,6 +103,33 @@ def bootstrap(
         "mean_reciprocal_rank": _mean_reciprocal(records, "rank"),
         "mean_reciprocal_rank_direct": _mean_reciprocal(records, "direct_rank"),
     }
+
+
+def quote(folder: Path, output: Path, *, split: str = "train", limit: int | None = None, words: int = 32) -> int:
+    """Write a record `{"query_id", "thought"}` a query: its document's title and the sentence nearest to the query.
+
+    To learn to write what an answer would say; no model is asked. words: most words of a quotation. Returns how many.
+    Source: Mao et al., 2021 (arXiv 2009.08553), who train a generator on answers, sentences and titles.
+    """
+    collection = load_collection(folder, split, limit)
+    documents = {document.id: document for document in collection.documents}
+    lines = []
+    for query in collection.queries:
+        judged = collection.judgements[query.id]
+        best = next((name for name, score in judged.items() if score > 0 and name in documents), None)
+        if best:
+            lines.append(dump({"query_id": query.id, "thought": _nearest(query.text, documents[best], words)}))
+    write_text(output, "".join(lines))
+    return len(lines)
+
+
+def _nearest(query: str, document: Document, words: int) -> str:
+    """The document's title and the sentence or line that shares most words with the query, the first of equals."""
+    asked = set(re.findall(r"\w+", query.casefold()))
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", document.text) if part.strip()] or [document.text]
+    best = max(sentences, key=lambda part: len(asked & set(re.findall(r"\w+", part.casefold()))))
+    said = f"{document.title}: {best}" if document.title else best
+    return " ".join(said.split()[:words])
 
 
 def _whole(sample: Reasoned) -> str:

@@ -65,6 +65,8 @@ class Loss(Strict):
     """Divides the cosines of the contrastive term."""
     margin: float = Field(default=0.15, ge=0)
     """Of the triplet term, in cosine."""
+    reasoned: bool = True
+    """Contrast queries after their reasonings as well; false while reasonings quote the answers, which is too easy."""
     false_negative_margin: float | None = 0.1
     """Candidates more similar than the positive by this much are taken for unlabelled positives; null keeps them."""
 

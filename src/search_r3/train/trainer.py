@@ -150,8 +150,9 @@ class SupervisedTrainer(Trainer):
     def _contrastive(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE and triplet terms, weighted, over the texts of all processes; gradient reaches this process's."""
         weights = self.recipe.loss
-        count, thinking = len(batch.examples), batch.thinking
-        mine = vectors.split([count, len(thinking), len(batch.documents)])
+        direct, reasoned, stored = vectors.split([len(batch.examples), len(batch.thinking), len(batch.documents)])
+        thinking = batch.thinking if weights.reasoned else []
+        mine = direct, reasoned[: len(thinking)], stored
         shares: list[dict[str, Any]] = gather_object(
             [
                 {
