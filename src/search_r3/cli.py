@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +25,7 @@ from search_r3.cli_common import (
     Dims,
     EmbedToken,
     Json,
+    Kind,
     Precision,
     PromptFile,
     err,
@@ -34,6 +34,7 @@ from search_r3.cli_common import (
     out,
     print_json,
 )  # fmt: skip
+from search_r3.cli_serve import serve
 from search_r3.cli_train import bootstrap, mine, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
@@ -48,13 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models that think, then embed: search your documents, measure and train such models.",
 )
-
-
-class Kind(StrEnum):
-    """Search structure."""
-
-    exact = "exact"
-    graph = "graph"
 
 
 def main() -> None:
@@ -558,6 +552,7 @@ def doctor(json_: Json = False) -> None:
 
 
 app.add_typer(train, name="train")
+app.command()(serve)
 app.command()(mine)
 app.command()(bootstrap)
 app.command()(package)

@@ -27,6 +27,13 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
+class Kind(StrEnum):
+    """Search structure."""
+
+    exact = "exact"
+    graph = "graph"
+
+
 Checkpoint = Annotated[
     str, typer.Option("--checkpoint", "-c", help="'default', a folder, an adapter folder or a hub name.")
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -243,12 +243,20 @@ class Retriever:
         reason: bool = False,
         fuse: float | None = None,
         hybrid: bool = False,
+        where: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         on_text: TextCallback | None = None,
     ) -> Found:
         """Search for one query; see `search_many`. on_text(0, piece) is called as reasoning appears."""
         return self.search_many(
-            [query], k, reason=reason, fuse=fuse, hybrid=hybrid, max_new_tokens=max_new_tokens, on_text=on_text
+            [query],
+            k,
+            reason=reason,
+            fuse=fuse,
+            hybrid=hybrid,
+            where=where,
+            max_new_tokens=max_new_tokens,
+            on_text=on_text,
         )[0]
 
     def search_many(
@@ -259,13 +267,15 @@ class Retriever:
         reason: bool = False,
         fuse: float | None = None,
         hybrid: bool = False,
+        where: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         on_text: TextCallback | None = None,
     ) -> list[Found]:
         """The k best documents of each query.
 
         reason: think before embedding. fuse: weight in [0, 1] of the reasoned vector in a sum with the direct one
-        (implies `reason`). hybrid: fuse with BM25 by reciprocal rank. Raises DataError for an empty query.
+        (implies `reason`). hybrid: fuse with BM25 by reciprocal rank. where: only documents whose metadata has these
+        values; a list accepts any of its values. Raises DataError for an empty query.
         """
         if k < 1:
             raise DataError(f"k={k}: must be at least 1")
@@ -279,19 +289,29 @@ class Retriever:
                 vectors = fuse_vectors(self.model.encode_queries(queries), vectors, fuse)
         else:
             vectors = self.model.encode_queries(queries)
-        hits = self.search_vectors(vectors, k, queries if hybrid else None)
+        hits = self.search_vectors(vectors, k, queries if hybrid else None, where)
         thoughts: Sequence[Reasoned | None] = reasoned or [None] * len(queries)
         return [Found(q, h, r) for q, h, r in zip(queries, hits, thoughts, strict=True)]
 
-    def search_vectors(self, vectors: np.ndarray, k: int, texts: Sequence[str] | None = None) -> list[list[Hit]]:
-        """The k best documents of each query vector, (Q, D). texts: the queries' words, for hybrid search."""
+    def search_vectors(
+        self,
+        vectors: np.ndarray,
+        k: int,
+        texts: Sequence[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[list[Hit]]:
+        """The k best documents of each query vector, (Q, D). texts: the queries' words, for hybrid search.
+
+        where: see `search_many`; a filtered search is exact, whatever the index.
+        """
         while True:
             if self.store.moved():
                 self.store.refresh()
             depth = max(k, FUSION_DEPTH) if texts is not None else k
-            scores, rows = self._rank(vectors, depth)
+            allowed = self.store.matching(where) if where else None
+            scores, rows = self._rank(vectors, depth, allowed)
             if texts is not None:
-                lexical_scores, lexical_rows = self.lexical().search(texts, 2 * depth)
+                lexical_scores, lexical_rows = self.lexical().search(texts, 2 * depth, allowed)
             hits = []
             for query in range(len(vectors)):
                 ranking = self._documents(rows[query], scores[query])
@@ -311,9 +331,10 @@ class Retriever:
             if not self.store.moved():  # otherwise another process changed the rows while we read them
                 return hits
 
-    def _rank(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rank(self, vectors: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Enough rows for k documents each: passages of one document must not crowd out the others."""
-        index, documents = self.index(), min(k, len(self.store))
+        index = self.index() if allowed is None else ExactIndex(self.store.vectors, allowed)
+        documents = min(k, len(self.store))
         depth = k if self.store.passages == len(self.store) else 4 * k
         while True:
             scores, rows = index.search(vectors, depth)

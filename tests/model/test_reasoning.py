@@ -132,3 +132,26 @@ def test_encode_reasoned_agrees_with_reason(talkative):
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(ValueError, match="max_new_tokens >= 1"):
         Sampling(**bad)
+
+
+def test_rows_can_be_stopped_and_results_come_as_rows_end(model):
+    turns, came = [], []
+    results = model.reason(
+        TEXTS[:3],
+        max_new_tokens=6,
+        between=lambda: turns.append(len(came)),
+        stop=lambda row: row == 1 and len(turns) == 3,
+        on_result=lambda row, result: came.append((row, result)),
+    )
+    whole = model.reason(TEXTS[:3], max_new_tokens=6)
+    assert len(whole[1].token_ids) > 2
+    assert results[1].token_ids == whole[1].token_ids[:2]
+    assert results[1].status is Status.FORCED
+    np.testing.assert_allclose(
+        results[1].vector, full_forward(model, TEXTS[1], "reason", 256, list(whole[1].token_ids[:2])), atol=1e-5
+    )
+    assert [results[n].token_ids for n in (0, 2)] == [whole[n].token_ids for n in (0, 2)]
+    assert sorted(row for row, _ in came) == [0, 1, 2]
+    assert all(result is results[row] for row, result in came)
+    assert turns == sorted(turns)
+    assert len(turns) == max(len(result.token_ids) for result in results)

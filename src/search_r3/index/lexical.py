@@ -50,14 +50,20 @@ class LexicalIndex:
         except Exception as error:
             raise StoreError(f"{folder}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
 
-    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1)."""
+    def search(self, queries: Sequence[str], k: int, alive: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1).
+
+        alive: bool by row number; rows that are false are not returned.
+        """
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         wanted = min(k, len(self._rows))
         if not wanted or self._retriever is None:
             return scores, rows
-        found, values = self._retriever.retrieve(_tokenise(list(queries)), k=wanted, show_progress=False)
+        mask = None if alive is None else alive[self._rows].astype(np.float32)
+        found, values = self._retriever.retrieve(
+            _tokenise(list(queries)), k=wanted, show_progress=False, weight_mask=mask
+        )
         positive = values > 0
         scores[:, :wanted] = np.where(positive, values, -np.inf)
         rows[:, :wanted] = np.where(positive, self._rows[found], -1)

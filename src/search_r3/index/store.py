@@ -19,7 +19,7 @@ import os
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +268,26 @@ class Store:
         with self._errors():
             for record in self._db.execute(f"{query} ORDER BY row"):
                 yield record[0], _passage(record)
+
+    def matching(self, where: Mapping[str, Any]) -> np.ndarray:
+        """(rows,) bool: passages whose document's metadata has these values; a list of values accepts any of them."""
+        found = self.alive.copy()
+        for key, wanted in where.items():
+            values = [
+                f"json {json.dumps(value)}" if isinstance(value, bool) else value
+                for value in (wanted if isinstance(wanted, list) else [wanted])
+            ]  # SQLite reads true as 1, which is another value
+            with self._errors():
+                rows = self._db.execute(
+                    "SELECT row FROM passages JOIN documents ON documents.id = document, json_each(metadata) AS field "
+                    "WHERE field.key = ? AND CASE WHEN field.type IN ('true', 'false') THEN 'json ' || field.type "
+                    f"ELSE field.value END IN ({','.join('?' * len(values))}) AND row < ?",
+                    [key, *values, self.rows],
+                ).fetchall()
+            these = np.zeros_like(found)
+            these[[row for (row,) in rows]] = True
+            found &= these
+        return found
 
     @contextmanager
     def writing(self) -> Iterator[None]:

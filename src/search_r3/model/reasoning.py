@@ -24,6 +24,15 @@ from search_r3.records import Reasoned, Status
 TextCallback = Callable[[int, str], None]
 """Called with a row's number and the text it has just gained."""
 
+ResultCallback = Callable[[int, Reasoned], None]
+"""Called with a row's number and its result as soon as it has one."""
+
+Between = Callable[[], None]
+"""Called before each token of a batch: other work of this thread can be done between two tokens."""
+
+Stop = Callable[[int], bool]
+"""Asked for each row before each token: whether the row ends here, FORCED, without the token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -66,6 +75,9 @@ def reason(
     samples: int = 1,
     batch_rows: int = 32,
     on_text: TextCallback | None = None,
+    on_result: ResultCallback | None = None,
+    between: Between | None = None,
+    stop: Stop | None = None,
     progress: bool | None = False,
 ) -> list[Reasoned]:
     """Reason over each prompt and embed the result.
@@ -87,8 +99,12 @@ def reason(
                 for prompt in prompts
                 for number in range(prompt * samples, (prompt + 1) * samples)
             ]
-            for number, result in _decode(engine, [tails[p] for p in prompts], rows, sampling, samples, on_text):
+            for number, result in _decode(
+                engine, [tails[p] for p in prompts], rows, sampling, samples, on_text, between, stop
+            ):
                 results[number] = result
+                if on_result is not None:
+                    on_result(number, result)
                 meter.advance(1, len(result.token_ids))
     return [result for result in results if result is not None]
 
@@ -101,6 +117,8 @@ def _decode(
     sampling: Sampling,
     samples: int,
     on_text: TextCallback | None,
+    between: Between | None,
+    stop: Stop | None,
 ) -> Iterator[tuple[int, Reasoned]]:
     """Decode one batch; yield (row number, result) as rows finish."""
     prefix = engine.prefix("reason")
@@ -136,28 +154,34 @@ def _decode(
         repeat_rows(cache, samples)
         state, mask = state.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
     for turn in range(sampling.max_new_tokens):
+        if between is not None:
+            between()
         chosen, logprobs = _choose(head(state).float(), rows, turn, sampling)
-        next_ids = []
+        next_ids, ends = [], []
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            stopped = stop is not None and stop(row.number)
+            ends.append(stopped or token in control)
+            # A row that ends gets E as input: this very step then computes its embedding.
+            next_ids.append(engine.embed_token_id if ends[-1] else token)
+            if stopped:
+                continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            # Every control token is replaced by E as input: this very step then computes the row's embedding.
-            next_ids.append(engine.embed_token_id if token in control else token)
             if on_text is not None:
                 _show(engine, row, control, on_text, token in control or turn + 1 == sampling.max_new_tokens)
         tokens = torch.tensor(next_ids, device=engine.device)[:, None]  # (B, 1)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         states = step(tokens)  # (B, 1, H)
-        ended = torch.tensor([row.ids[-1] in control for row in rows])
+        ended = torch.tensor(ends)
         if ended.any():
             vectors = engine.embed(states[ended], tokens[ended]).cpu().numpy()
-            done = [row for row, end in zip(rows, ended.tolist(), strict=True) if end]
+            done = [row for row, end in zip(rows, ends, strict=True) if end]
             for row, vector in zip(done, vectors, strict=True):
                 yield row.number, _result(engine, row, vector, control)
             keep = (~ended).nonzero()[:, 0].to(engine.device)
             if not len(keep):
                 return
-            rows = [row for row, end in zip(rows, ended.tolist(), strict=True) if not end]
+            rows = [row for row, end in zip(rows, ends, strict=True) if not end]
             select_rows(cache, keep)
             mask, states = mask[keep], states[keep]
         state = states[:, -1]
@@ -208,7 +232,7 @@ def _show(engine: Engine, row: _Row, control: frozenset[int], on_text: TextCallb
 
 
 def _result(engine: Engine, row: _Row, vector: np.ndarray, control: frozenset[int]) -> Reasoned:
-    finished = row.ids[-1] == engine.embed_token_id
+    finished = row.ids[-1:] == [engine.embed_token_id]
     return Reasoned(
         text=_text(engine, row, control).strip(),
         vector=vector,

@@ -14,7 +14,7 @@ from search_r3.errors import CheckpointError
 from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.prompts import Prompts, SystemPrompts
-from search_r3.model.reasoning import Sampling, TextCallback, reason
+from search_r3.model.reasoning import Between, ResultCallback, Sampling, Stop, TextCallback, reason
 from search_r3.records import Document, Reasoned
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -137,12 +137,16 @@ class SearchR3:
         samples: int = 1,
         batch_rows: int = 32,
         on_text: TextCallback | None = None,
+        on_result: ResultCallback | None = None,
+        between: Between | None = None,
+        stop: Stop | None = None,
         progress: bool | None = False,
     ) -> list[Reasoned]:
         """Think about each query, then embed it. Returns len(queries) x samples results, a query's side by side.
 
         max_new_tokens: most tokens to think; default: the checkpoint's. temperature 0 is greedy. The same seed gives
-        the same text. on_text(row, piece) is called as text appears.
+        the same text. on_text(row, piece) is called as text appears, on_result(row, result) when a row is done,
+        between() before each token; a row for which stop(row) is true is embedded as it stands.
         """
         limit = max_new_tokens or self.manifest.max_tokens.reasoning
         tails = self.engine.tails(queries, "reason", max_tokens or self.manifest.max_tokens.query)
@@ -153,6 +157,9 @@ class SearchR3:
             samples=samples,
             batch_rows=batch_rows,
             on_text=on_text,
+            on_result=on_result,
+            between=between,
+            stop=stop,
             progress=progress,
         )
 

@@ -1,0 +1,95 @@
+"""`search-r3 serve`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from search_r3.cli_common import Arithmetic, Device, Kind, Precision, err, load_model
+from search_r3.errors import DataError
+
+
+def serve(
+    folders: Annotated[list[Path], typer.Argument(metavar="index...", help="Index folders; the first is the default.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all networks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    kind: Annotated[Kind, typer.Option("--index", help="exact, or graph for very large indexes.")] = Kind.exact,
+    precision: Arithmetic = Precision.auto,
+    device: Device = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
+    queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused with status 429.", min=1)] = 4096,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 8 << 20,
+    max_texts: Annotated[int, typer.Option(help="Texts or documents of a request.", min=1)] = 2048,
+    cache: Annotated[int, typer.Option(help="Query vectors kept.", min=0)] = 4096,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin whose pages may call (CORS); may be given again.")
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log requests; their paths hold users' ids.")
+    ] = False,
+) -> None:
+    """Serve indexes over HTTP: search, OpenAI-compatible embeddings, and a page to watch the model think.
+
+    The environment variable SEARCH_R3_API_KEY, where set, is the key that requests must bring.
+
+    Example:  search-r3 serve notes-index --port 8000
+    """
+    try:
+        import uvicorn
+
+        from search_r3.serve.app import Served, create_app
+        from search_r3.serve.settings import Settings
+    except ModuleNotFoundError as error:
+        raise DataError(f"serving needs {error.name}; install it with: pip install 'search-r3[serve]'") from error
+    from search_r3.index.store import Store
+    from search_r3.model.search_r3 import SearchR3
+    from search_r3.retriever import Retriever
+
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise DataError(f"two indexes have the name {max(names, key=names.count)!r}; rename a folder")
+    settings = Settings(
+        api_key=os.environ.get("SEARCH_R3_API_KEY") or None,
+        timeout=timeout,
+        queue=queue,
+        body_bytes=max_body,
+        texts=max_texts,
+        cache=cache,
+        origins=tuple(origin or ()),
+    )
+    if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
+    for folder in folders:
+        Store.open(folder, verify=False).close()  # a folder that is no index fails before a model is loaded
+    models: dict[tuple[str, int], SearchR3] = {}
+    with ExitStack() as stack:
+        served = []
+        for name, folder in zip(names, folders, strict=True):
+            with Store.open(folder, verify=False) as store:
+                stored = store.manifest
+            space = stored.fingerprint, stored.dimension
+            if space not in models:
+                models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
+            retriever = stack.enter_context(Retriever.open(folder, models[space], kind.value))
+            served.append(Served(name, retriever))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(served, settings),
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=access_log,
+                timeout_graceful_shutdown=int(timeout) + 1,
+                server_header=False,
+            )
+        )
+        sockets = [server.config.bind_socket()]
+        address, bound = sockets[0].getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        err.print(f"serving {escape(', '.join(names))} on http://{shown}:{bound}/ (API: /docs). Ctrl-C ends.")
+        server.run(sockets)

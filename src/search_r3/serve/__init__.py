@@ -1,0 +1,1 @@
+"""Search and embeddings over HTTP."""

@@ -1,0 +1,468 @@
+"""The HTTP API as a FastAPI app, built by a function."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.sse import format_sse_event
+from starlette.exceptions import HTTPException
+
+from search_r3 import __version__
+from search_r3.errors import DataError, StoreError
+from search_r3.model.reasoning import control_ids
+from search_r3.projection import Plane
+from search_r3.records import Document, Hit, Reasoned
+from search_r3.retriever import Retriever, fuse_vectors
+from search_r3.serve.guard import Guard, error_body
+from search_r3.serve.metrics import Metrics
+from search_r3.serve.schemas import (
+    Deleted,
+    DocumentIn,
+    DocumentsRequest,
+    DocumentsResponse,
+    Embedding,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ErrorOut,
+    HitOut,
+    IndexOut,
+    MapRequest,
+    MapResponse,
+    Name,
+    Point,
+    Reasoning,
+    SearchRequest,
+    SearchResponse,
+    Usage,
+)
+from search_r3.serve.settings import Settings
+from search_r3.serve.worker import BusyError, LateError, Worker
+from search_r3.snippet import snippet
+
+PAGE = Path(__file__).parent / "page"
+SLICE_CHARS = 4000  # of documents encoded between two looks at the queue: about a second on a small CPU
+MAP_POINTS = 1000
+PING_SECONDS = 15.0
+_KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
+logger = logging.getLogger("search_r3.serve")
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """An index and its name."""
+
+    name: str
+    """As it is asked for."""
+    retriever: Retriever
+    """Open; its model may be shared with others."""
+    plane: tuple[int, Plane, list[Any], np.ndarray] | None = None
+    """The map of one generation: number, plane, passages, their places (N, 2)."""
+
+
+class TooLargeError(Exception):
+    """More than the server takes at once."""
+
+
+class UnknownIndexError(Exception):
+    """A name that no index has."""
+
+
+def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> FastAPI:
+    """The app over these indexes, the first being the default. They are the caller's, to open and to close."""
+    settings = settings or Settings()
+    served = {index.name: index for index in indexes}
+    if not served or len(served) != len(indexes):
+        raise ValueError("give at least one index, and each a name of its own")
+    metrics = Metrics()
+    worker = Worker(settings, metrics)
+    ready = False
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        nonlocal ready
+        worker.start()
+        for index in indexes:  # the prompts' keys and values are computed before the first user waits for them
+            await worker.call(partial(index.retriever.model.encode_queries, ["warm up"]))
+        ready = True
+        try:
+            yield
+        finally:
+            ready = False
+            await asyncio.to_thread(worker.stop)
+
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorOut, "description": text}
+        for status, text in {
+            400: "not JSON",
+            401: "no key",
+            404: "no such index",
+            408: "the body came too slowly",
+            413: "too large",
+            422: "not usable",
+            429: "too much is waiting; try again",
+            503: "the index cannot be used now",
+            504: "took too long",
+        }.items()
+    }
+    app = FastAPI(
+        title="search-r3",
+        version=__version__,
+        summary="Think, then embed: embeddings and search.",
+        lifespan=lifespan,
+        responses=refusals,
+    )
+    app.state.worker = worker
+    app.add_middleware(Guard, settings=settings)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(metrics.watch)
+    _handle_errors(app)
+
+    def chosen(name: str | None) -> Served:
+        if name is None:
+            return indexes[0]
+        if name not in served:
+            raise UnknownIndexError
+        return served[name]
+
+    def check(texts: Sequence[str]) -> None:
+        if len(texts) > settings.texts:
+            raise TooLargeError(f"{len(texts)} texts are more than {settings.texts}; send them in parts")
+        if any(len(text) > settings.text_chars for text in texts):
+            raise TooLargeError(f"a text is longer than {settings.text_chars} characters; split it")
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["operation"])
+    async def is_ready() -> Response:
+        """Whether it takes requests."""
+        up = ready and worker.alive
+        return JSONResponse({"status": "ready" if up else "not ready"}, 200 if up else 503)
+
+    @app.get("/metrics", tags=["operation"])
+    async def prometheus() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(metrics.text(worker), media_type="text/plain; version=0.0.4")
+
+    @app.get("/indexes", tags=["search"])
+    async def list_indexes() -> list[IndexOut]:
+        """What can be searched."""
+
+        def look() -> list[IndexOut]:
+            return [
+                IndexOut(
+                    name=index.name,
+                    checkpoint=Path(index.retriever.store.manifest.checkpoint).name,
+                    documents=len(index.retriever.store),
+                    dimension=index.retriever.model.dimension,
+                )
+                for index in indexes
+            ]
+
+        return await worker.call(look)
+
+    @app.get("/v1/models", tags=["embeddings"])
+    async def models() -> dict[str, Any]:
+        """The indexes' names, as OpenAI lists models."""
+        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "search-r3"} for name in served]}
+
+    @app.post("/v1/embeddings", tags=["embeddings"])
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """Embed texts, as OpenAI's endpoint does."""
+        index = served.get(body.model or "", indexes[0])
+        model, width = index.retriever.model, body.dimensions
+        if width is not None and width > model.dimension:
+            raise DataError(f"dimensions: {width} is more than the model's {model.dimension}")
+        texts, ids = _inputs(body)
+        if len(ids) > settings.texts:
+            raise TooLargeError(f"{len(ids)} texts are more than {settings.texts}; send them in parts")
+        check(texts)
+        _check_tokens(index, ids)
+        limits = model.manifest.max_tokens
+        thought = 0
+        if body.reason:
+            if ids:
+                raise DataError("reason: needs texts, not tokens")
+            tasks = []
+            async with asyncio.TaskGroup() as group:
+                for text in texts:
+                    tasks.append(group.create_task(worker.think(model, text, limits.reasoning)))
+            results = [task.result() for task in tasks]
+            vectors, read = np.stack([result.vector for result in results]), 0
+            thought = sum(len(result.token_ids) for result in results)
+        else:
+            query = body.input_type == "query"
+            vectors, read = await worker.embed(
+                model, limits.query if query else limits.document, texts, ids, keep=query
+            )
+        if width is not None:
+            vectors = vectors[:, :width]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return _embedding_response(vectors, index.name, body.encoding_format == "base64", read, thought)
+
+    async def find(body: SearchRequest, on_text: Callable[[str], None] | None = None) -> SearchResponse:
+        started = time.monotonic()
+        index = chosen(body.index)
+        check([body.query])
+        model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
+        reasoned: Reasoned | None = None
+        tokens = 0
+        if body.reason or body.fuse is not None:
+            reasoned = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning, on_text)
+            vectors, tokens = reasoned.vector[None], len(reasoned.token_ids)
+        if reasoned is None or body.fuse is not None:
+            direct, read = await worker.embed(model, limits.query, [body.query], keep=True)
+            tokens += read
+            vectors = direct if reasoned is None else fuse_vectors(direct, vectors, float(body.fuse or 0))
+        words = [body.query] if body.hybrid else None
+        hits = await worker.call(
+            lambda: index.retriever.search_vectors(vectors, body.k, words, dict(body.filters) or None)[0]
+        )
+        shown = await asyncio.to_thread(lambda: [_hit(hit, body.query) for hit in hits])
+        return SearchResponse(
+            query=body.query,
+            index=index.name,
+            reasoning=None
+            if reasoned is None
+            else Reasoning(text=reasoned.text, status=reasoned.status.value, tokens=len(reasoned.token_ids)),
+            hits=shown,
+            milliseconds=round(1000 * (time.monotonic() - started), 1),
+            tokens=tokens,
+        )
+
+    @app.post("/search", tags=["search"])
+    async def search(body: SearchRequest) -> SearchResponse:
+        """The best documents for a question."""
+        return await find(body)
+
+    @app.post(
+        "/search/stream",
+        tags=["search"],
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events"}},
+    )
+    async def search_stream(body: SearchRequest) -> StreamingResponse:
+        """The same as server-sent events: `reasoning` pieces as they come, then `hits`; or `error`."""
+        chosen(body.index)
+        check([body.query])
+        if not worker.room(1):
+            raise BusyError
+        return StreamingResponse(events(body), media_type="text/event-stream")
+
+    async def events(body: SearchRequest) -> AsyncIterator[bytes]:
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        task = asyncio.create_task(find(body, pieces.put_nowait))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(pieces.get(), PING_SECONDS)
+                except TimeoutError:
+                    yield b": still here\n\n"
+                    continue
+                if piece is None:
+                    break
+                yield format_sse_event(event="reasoning", data_str=json.dumps({"text": piece}))
+            try:
+                yield format_sse_event(event="hits", data_str=task.result().model_dump_json())
+            except Exception as error:
+                status, message = _explain(error)
+                yield format_sse_event(event="error", data_str=json.dumps(error_body(message, str(status))))
+        finally:
+            task.cancel()
+
+    @app.post("/documents", tags=["documents"])
+    async def add(body: DocumentsRequest) -> DocumentsResponse:
+        """Add or replace documents. The answer comes when they are safely on disk."""
+        index = chosen(body.index)
+        check([f"{document.title}\n{document.text}" for document in body.documents])
+        total = DocumentsResponse(added=0, updated=0, unchanged=0)
+        for part in _slices(body.documents):
+            documents = [Document(d.id, d.text, d.title, d.metadata) for d in part]
+            report = await worker.call(partial(index.retriever.add, documents, batch=len(documents)), len(documents))
+            total.added += report.added
+            total.updated += report.updated
+            total.unchanged += report.unchanged
+        return total
+
+    @app.delete("/documents/{document:path}", tags=["documents"])
+    async def delete(document: Name, index: str | None = None) -> Deleted:
+        """Remove a document; one that is not there is no error."""
+        retriever = chosen(index).retriever
+        return Deleted(deleted=await worker.call(lambda: retriever.delete([document])))
+
+    @app.post("/map", tags=["search"])
+    async def draw(body: MapRequest) -> MapResponse:
+        """Documents and the question's vectors in the plane of the documents' two principal components."""
+        index = chosen(body.index)
+        check([body.query])
+        model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
+        direct, _ = await worker.embed(model, limits.query, [body.query], keep=True)
+        vectors = [direct[0]]
+        if body.reason:
+            vectors.append((await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)).vector)
+        plane, passages, places = await worker.call(lambda: _plane(index))
+        spots = plane(np.stack(vectors)).tolist()
+        return MapResponse(
+            points=[
+                Point(id=passage.document.id, title=passage.document.title, x=x, y=y)
+                for passage, (x, y) in zip(passages, places.tolist(), strict=True)
+            ],
+            direct=tuple(spots[0]),
+            reasoned=tuple(spots[1]) if body.reason else None,
+            explained=plane.explained,
+        )
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part_of_page(name: str) -> FileResponse:
+        if name not in ("app.js", "style.css"):
+            raise HTTPException(404, "not found")
+        return FileResponse(PAGE / name)
+
+    return app
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """HTTP status and words for an error."""
+    if isinstance(error, ExceptionGroup):  # of several texts, the first that failed speaks for all
+        return _explain(error.exceptions[0])
+    match error:
+        case BusyError():
+            return 429, "too much is waiting; try again in a second"
+        case LateError() | TimeoutError():
+            return 504, "took too long; send less at once, or try again when the server is less busy"
+        case UnknownIndexError():
+            return 404, "no index of this name; GET /indexes lists them"
+        case TooLargeError():
+            return 413, str(error)
+        case DataError():
+            return 422, str(error)
+        case StoreError():
+            logger.error("%s", error)
+            return 503, "the index cannot be used now; the server's log says why"
+    logger.exception("unexpected error", exc_info=error)
+    return 500, "unexpected error; the server's log says more"
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def explain(request: Request, error: Exception) -> Response:
+        status, message = _explain(error)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return JSONResponse(error_body(message, kind), status, {"Retry-After": "1"} if status in (429, 503) else None)
+
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        # Where a field may be one of several things, the error deepest in the body is about the one that was meant.
+        first = max(error.errors(), key=lambda found: (found["type"] == "value_error", len(found["loc"])))
+        place = ".".join(
+            str(part)
+            for part in first["loc"]
+            if (part not in _KINDS and str(part).isidentifier()) or isinstance(part, int)
+        )
+        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        status = 400 if first["type"] == "json_invalid" else 422
+        return JSONResponse(error_body(message, "invalid_request_error"), status)
+
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
+
+    for kind in (BusyError, LateError, UnknownIndexError, TooLargeError, DataError, StoreError, ExceptionGroup):
+        app.add_exception_handler(kind, explain)
+    app.add_exception_handler(Exception, explain)
+    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, refused)  # type: ignore[arg-type]
+
+
+def _inputs(body: EmbeddingRequest) -> tuple[list[str], list[list[int]]]:
+    """Texts, or tokens."""
+    given: Any = body.input
+    if isinstance(given, str):
+        return [given], []
+    if isinstance(given[0], str):
+        return given, []
+    return [], [given] if isinstance(given[0], int) else given
+
+
+def _check_tokens(index: Served, ids: Sequence[Sequence[int]]) -> None:
+    engine = index.retriever.model.engine
+    size, control = len(engine.tokenizer), control_ids(engine) if ids else frozenset()
+    for number, tokens in enumerate(ids):
+        for token in tokens:
+            if token >= size:
+                raise DataError(
+                    f"input.{number}: token {token} is not in this model's vocabulary of {size}; tokens of another "
+                    "model's tokenizer cannot be used: send texts (LangChain: check_embedding_ctx_length=False)"
+                )
+            if token in control:
+                raise DataError(f"input.{number}: token {token} is a control token, which no text may hold")
+
+
+def _embedding_response(vectors: np.ndarray, model: str, packed: bool, read: int, thought: int) -> Response:
+    """Written by hand: validating every component of every vector would cost more than computing them."""
+    rows = np.ascontiguousarray(vectors, dtype="<f4")
+    data = [
+        Embedding.model_construct(
+            object="embedding",
+            index=number,
+            embedding=base64.b64encode(row.tobytes()).decode() if packed else row.tolist(),
+        )
+        for number, row in enumerate(rows)
+    ]
+    usage = Usage(prompt_tokens=read, total_tokens=read + thought)
+    answer = EmbeddingResponse.model_construct(object="list", data=data, model=model, usage=usage)
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _slices(documents: Sequence[DocumentIn]) -> list[list[DocumentIn]]:
+    """Documents in order, few enough at a time that others need not wait long."""
+    parts: list[list[DocumentIn]] = []
+    room = 0
+    for document in documents:
+        if not parts or room <= 0:
+            parts.append([])
+            room = SLICE_CHARS
+        parts[-1].append(document)
+        room -= len(document.title) + len(document.text)
+    return parts
+
+
+def _hit(hit: Hit, query: str) -> HitOut:
+    shown, ranges = snippet(" ".join(hit.text[:20_000].split()), query)
+    return HitOut(**asdict(hit), snippet=shown, highlights=ranges)
+
+
+def _plane(index: Served) -> tuple[Plane, list[Any], np.ndarray]:
+    """The map of an index as it is now; at most MAP_POINTS passages, evenly chosen."""
+    store = index.retriever.store
+    if store.moved():
+        store.refresh()
+    if index.plane is None or index.plane[0] != store.generation:
+        rows = np.flatnonzero(store.alive)
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAP_POINTS)).astype(int)] if len(rows) else rows
+        vectors = np.asarray(store.vectors[rows], dtype=np.float32)
+        plane = Plane.fit(vectors)
+        index.plane = store.generation, plane, store.get(rows.tolist()), plane(vectors)
+    return index.plane[1:]

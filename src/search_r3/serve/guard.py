@@ -1,0 +1,157 @@
+"""What stands between the network and the app: the key, sizes, slow senders and readers, security headers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+from typing import Any
+
+from search_r3.serve.settings import Settings
+
+OPEN = frozenset({"/", "/health", "/ready", "/page/app.js", "/page/style.css"})
+"""Paths that need no key: they say nothing about what is indexed."""
+
+_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
+
+
+def error_body(message: str, kind: str) -> dict[str, Any]:
+    """An error as OpenAI's API words it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: Any, settings: Settings):
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def sending(message: Any) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                quiet = scope["path"] not in (
+                    "/docs",
+                    "/redoc",
+                )  # FastAPI's own pages load their scripts from elsewhere
+                message = message | {"headers": [*message["headers"], *(_HEADERS if quiet else _HEADERS[1:])]}
+            async with asyncio.timeout(self.settings.timeout):  # a client that never reads holds nothing for long
+                await send(message)
+
+        try:
+            headers = dict(scope["headers"])
+            self._check_key(scope, headers)
+            body = await self._body(headers, receive)
+        except _Refused as refused:
+            await _answer(sending, refused)
+            return
+        gone = asyncio.Event()
+        given = False
+
+        async def receiving() -> Any:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watching() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        answer = asyncio.ensure_future(self.app(scope, receiving, sending))
+        watch = asyncio.ensure_future(watching())
+        try:
+            limit: float | None = self.settings.timeout
+            while not answer.done():
+                done, _ = await asyncio.wait({answer, watch}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                if watch in done and not answer.done():
+                    return  # nobody is there to hear the answer
+                if not done and not started:
+                    await _cancel(answer)
+                    late = f"no answer within {self.settings.timeout:g} s; send less at once, or try again later"
+                    await _answer(sending, _Refused(504, late))
+                    return
+                limit = None  # what streams is bounded by the worker's deadline and the reader's
+            await answer
+        except TimeoutError:
+            pass  # the client did not read: the connection ends here
+        finally:
+            await _cancel(answer)
+            await _cancel(watch)
+
+    def _check_key(self, scope: Any, headers: dict[bytes, bytes]) -> None:
+        key = self.settings.api_key
+        if key is None or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+            return
+        bearer = headers.get(b"authorization", b"")
+        given = headers.get(b"x-api-key") or (bearer[7:] if bearer[:7].lower() == b"bearer " else b"")
+        if not hmac.compare_digest(given, key.encode()):
+            raise _Refused(
+                401, "this server asks for a key: send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            )
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes:
+        limit = self.settings.body_bytes
+        too_large = _Refused(413, f"the body is larger than {limit} bytes; send it in parts")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        break
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise too_large
+                    if not message.get("more_body"):
+                        break
+        except TimeoutError:
+            raise _Refused(408, f"the body did not come within {self.settings.timeout:g} s") from None
+        return b"".join(parts)
+
+
+async def _answer(send: Any, refused: _Refused) -> None:
+    body = json.dumps(error_body(refused.message, "invalid_request_error")).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status in (408, 413):
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        await task

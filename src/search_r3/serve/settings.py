@@ -1,0 +1,33 @@
+"""What a server allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits of a server; every one of them is there to keep it answering."""
+
+    api_key: str | None = None
+    """Asked for as `Authorization: Bearer KEY` or `X-API-Key: KEY`; None: nobody is asked."""
+    timeout: float = 60.0
+    """Seconds until a request is given up (504), a body has to have come (408), and a reader has to have read."""
+    queue: int = 4096
+    """Texts that may wait for the model; more are refused (429)."""
+    batch: int = 64
+    """Most texts of one pass of the model, of one or many requests."""
+    batch_tokens: int = 2048
+    """Most tokens of one pass, about; a longer text has a pass of its own."""
+    thinkers: int = 16
+    """Most queries that are reasoned over together."""
+    body_bytes: int = 8 << 20
+    """Larger bodies are refused (413)."""
+    text_chars: int = 200_000
+    """Longer texts are refused (413)."""
+    texts: int = 2048
+    """Most texts or documents of one request."""
+    cache: int = 4096
+    """Query vectors kept."""
+    origins: tuple[str, ...] = ()
+    """Web origins that may call from a browser (CORS); none by default."""
