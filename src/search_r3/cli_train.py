@@ -176,7 +176,7 @@ def bootstrap(
     precision: Arithmetic = Precision.auto,
     device: Device = None,
     split: Annotated[str, typer.Option(help="Which judgements.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="So many queries, drawn at random.", min=1)] = None,
     documents: Annotated[
         int | None, typer.Option(help="Cut the corpus to so many documents, the relevant ones first.", min=1)
     ] = None,

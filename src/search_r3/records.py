@@ -81,7 +81,7 @@ class Reasoned:
     token_ids: tuple[int, ...]
     """Every token the model chose, in order, including the control token that ended it, if one did."""
     logprobs: tuple[float, ...]
-    """Natural-log probability of each of `token_ids` in the distribution sampled from, before any top-p cut."""
+    """Natural-log probability of each of `token_ids` in the distribution sampled from, no token ruled out."""
     status: Status
     """Whether the embedding token was the model's own."""
 

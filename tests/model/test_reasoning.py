@@ -4,7 +4,7 @@ import torch
 
 from search_r3 import SearchR3, Status
 from search_r3.model.checkpoint import initialise
-from search_r3.model.reasoning import Sampling
+from search_r3.model.reasoning import Sampling, _choose, _Row
 from tests.conftest import TEXTS, build_base
 from tests.model.test_engine import full_forward
 
@@ -155,3 +155,18 @@ def test_rows_can_be_stopped_and_results_come_as_rows_end(model):
     assert all(result is results[row] for row, result in came)
     assert turns == sorted(turns)
     assert len(turns) == max(len(result.token_ids) for result in results)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_reasoning_does_not_open_with_the_words_of_the_embed_act(model, temperature):
+    engine = model.engine
+    assert engine.tokenizer.decode(engine.reply_ids) == "The embedding is"
+    first, second = engine.reply_ids[:2]
+    logits = torch.zeros(2, engine.model.config.vocab_size)
+    logits[:, second] = 50.0
+    rows = [_Row(0, np.full(4, 0.5), [first]), _Row(1, np.full(4, 0.5), [first + 1])]
+    chosen, logprobs = _choose(logits, rows, 1, Sampling(4, temperature), engine.reply_ids)
+    assert chosen[0] != second
+    assert chosen[1] == second
+    assert logprobs[0] == pytest.approx(-50 / (temperature or 1.0), abs=1e-3)  # of the model, not of what was allowed
+    assert _choose(logits, rows, 2, Sampling(4, temperature), engine.reply_ids)[0].tolist()[0] == second

@@ -80,6 +80,12 @@ class Engine:
         """Tokens between the user's text and what the model writes or the embedding token."""
         return self._fixed[act][1]
 
+    @property
+    def reply_ids(self) -> list[int]:
+        """What the assistant says before the embedding token in the embed act; empty where it says nothing."""
+        spoken, silent = self.suffix_ids("embed"), self.suffix_ids("reason")
+        return spoken[len(silent) :] if spoken[: len(silent)] == silent else []
+
     def tails(self, texts: Sequence[str], act: ActName, max_tokens: int) -> list[list[int]]:
         """What follows the prefix, up to where the model speaks: text cut to `max_tokens`, then the suffix.
 

@@ -5,6 +5,9 @@ vector costs one cached step (E fed as input), not a second forward pass over pr
 
 A control token ends a reasoning. If it is E the result is `finished`; anything else, or running out of tokens, makes
 it `forced`: E takes the place of the other control token, or follows the last token.
+
+A reasoning does not open with the words that the assistant says in the embed act: small models confuse the two, and
+what they would say is no reasoning.
 """
 
 from __future__ import annotations
@@ -156,7 +159,7 @@ def _decode(
     for turn in range(sampling.max_new_tokens):
         if between is not None:
             between()
-        chosen, logprobs = _choose(head(state).float(), rows, turn, sampling)
+        chosen, logprobs = _choose(head(state).float(), rows, turn, sampling, engine.reply_ids)
         next_ids, ends = [], []
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
             stopped = stop is not None and stop(row.number)
@@ -199,15 +202,19 @@ def control_ids(engine: Engine) -> frozenset[int]:
     return frozenset([engine.embed_token_id, *ends, *special])
 
 
-def _choose(logits: Tensor, rows: list[_Row], turn: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _choose(logits: Tensor, rows: list[_Row], turn: int, sampling: Sampling, reply: list[int]) -> tuple[Tensor, Tensor]:
     """Next token and its log-probability, each (B,), from float32 logits (B, V)."""
     logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+    allowed = logprobs
+    if turn == 1 and len(reply) > 1 and (same := [n for n, row in enumerate(rows) if row.ids == reply[:1]]):
+        allowed = logprobs.clone()
+        allowed[same, reply[1]] = -torch.inf
     if sampling.temperature == 0:
-        chosen = logprobs.argmax(dim=-1)
+        chosen = allowed.argmax(dim=-1)
     else:
         # Inverse-CDF sampling: one uniform number a row and step, whatever the batch.
         draws = torch.tensor([row.draws[turn] for row in rows], dtype=torch.float64, device=logits.device)
-        mass = logprobs.exp()  # (B, V)
+        mass = allowed.exp()  # (B, V)
         if sampling.top_p < 1:
             ordered, tokens = mass.sort(dim=-1, descending=True)
             before = ordered.double().cumsum(dim=-1) - ordered

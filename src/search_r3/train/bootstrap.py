@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from search_r3.errors import DataError
-from search_r3.evaluate.collection import cut, load_collection
+from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.files import write_text
 from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
@@ -55,12 +55,12 @@ def bootstrap(
 ) -> dict[str, Any]:
     """Append a record `{"query_id", "thought", "rank", "direct_rank", "ranks"}` a query to a JSONL file.
 
-    documents: cut the corpus to so many, the relevant ones first. writer: the model that writes the enrichments; by
-    default the one that embeds after them. Ranks are of the best relevant document within the corpus; `thought` is null
-    where nothing is kept. A file that holds records is gone on with: what an interruption left is not done again.
-    Returns counts and mean ranks.
+    limit: so many queries, drawn at random. documents: cut the corpus to so many, the relevant ones first. writer: the
+    model that writes the enrichments; by default the one that embeds after them. Ranks are of the best relevant
+    document within the corpus; `thought` is null where nothing is kept. A file that holds records is gone on with: what
+    an interruption left is not done again. Returns counts and mean ranks.
     """
-    collection = cut(load_collection(folder, split, limit), None, documents)
+    collection = cut(_drawn(load_collection(folder, split), limit, how.seed), None, documents)
     done = _done(output)
     places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
@@ -103,6 +103,12 @@ def bootstrap(
         "mean_reciprocal_rank": _mean_reciprocal(records, "rank"),
         "mean_reciprocal_rank_direct": _mean_reciprocal(records, "direct_rank"),
     }
+
+
+def _drawn(collection: Collection, limit: int | None, seed: int) -> Collection:
+    """So many of the queries, in their order: the first of a set are often about one thing."""
+    order = np.random.default_rng(seed).permutation(len(collection.queries))[:limit]
+    return replace(collection, queries=[collection.queries[n] for n in sorted(order.tolist())])
 
 
 def quote(folder: Path, output: Path, *, split: str = "train", limit: int | None = None, words: int = 32) -> int:

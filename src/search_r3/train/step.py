@@ -55,9 +55,7 @@ class Collator:
     def __init__(self, engine: Engine, *, negatives: int, query: int, document: int, thought: int):
         self.engine, self.negatives = engine, negatives
         self.lengths = {"query": query, "document": document, "thought": thought}
-        spoken, silent = engine.suffix_ids("embed"), engine.suffix_ids("reason")
-        # What the assistant says before the embedding token; the rest of the suffix is the template's.
-        self.reply = len(spoken) - len(silent) if spoken[: len(silent)] == silent else 0
+        self.reply = len(engine.reply_ids)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, StepBatch]:
         """See `StepBatch`."""
