@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import signal
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -77,19 +78,26 @@ def serve(
                 models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
             retriever = stack.enter_context(Retriever.open(folder, models[space], kind.value))
             served.append(Served(name, retriever))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(served, settings),
-                host=host,
-                port=port,
-                log_level="warning",
-                access_log=access_log,
-                timeout_graceful_shutdown=int(timeout) + 1,
-                server_header=False,
-            )
+        config = uvicorn.Config(
+            create_app(served, settings),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=access_log,
+            timeout_graceful_shutdown=int(timeout) + 1,
+            server_header=False,
         )
-        sockets = [server.config.bind_socket()]
-        address, bound = sockets[0].getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        err.print(f"serving {escape(', '.join(names))} on http://{shown}:{bound}/ (API: /docs). Ctrl-C ends.")
-        server.run(sockets)
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[Any] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    address, bound = self.servers[0].sockets[0].getsockname()[:2]
+                    shown = f"[{address}]" if ":" in address else address
+                    what = escape(", ".join(names))
+                    err.print(f"serving {what} on http://{shown}:{bound}/ (API: /docs). Ctrl-C ends.")
+
+        # Uvicorn ends gracefully on a signal, then raises it once more: that must not cut short what is left to close.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        with suppress(KeyboardInterrupt):
+            Server(config).run()

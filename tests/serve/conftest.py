@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from search_r3.model.search_r3 import SearchR3
@@ -18,6 +23,21 @@ DOCUMENTS = [
     Document("ls", "ls lists the files of a folder", "ls", {"kind": "files", "year": 1971, "old": True}),
     Document("df", "df shows how much space is left on a disk", "df", {"kind": "disk", "year": 1}),
 ]
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The app on a real port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture

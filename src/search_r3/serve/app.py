@@ -259,7 +259,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         "/search/stream",
         tags=["search"],
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events"}},
+        responses={200: {"content": {"text/event-stream": {}}, "description": "events"}},
     )
     async def search_stream(body: SearchRequest) -> StreamingResponse:
         """The same as server-sent events: `reasoning` pieces as they come, then `hits`; or `error`."""

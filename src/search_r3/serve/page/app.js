@@ -107,7 +107,7 @@ function element(tag, name, text) {
 function card(hit, other) {
   const item = element("li");
   const head = element("h2");
-  head.append(element("span", "rank", hit.rank + "."), hit.title || hit.id, element("span", "score", hit.score.toFixed(3)));
+  head.append(element("span", "rank", hit.rank + "."), ` ${hit.title || hit.id} `, element("span", "score", hit.score.toFixed(3)), " ");
   if (other) {
     const before = other.hits.find((h) => h.id === hit.id)?.rank;
     const step = before - hit.rank;
@@ -195,7 +195,7 @@ async function draw() {
   }
   drawn.push(dot(found.direct, 6, "asked"), label(found.direct, "direct"));
   plot.replaceChildren(plot.querySelector("title"), ...drawn);
-  plot.hidden = false;
+  plot.removeAttribute("hidden"); // SVG elements have no property of that name
   byId("map-note").textContent =
     `${found.points.length.toLocaleString()} passages; the plane shows ${Math.round(100 * found.explained)} % of how they differ.`;
 }
