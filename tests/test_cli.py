@@ -53,7 +53,7 @@ def test_help_is_quick_and_every_command_has_an_example():
     ).stdout
     assert "torch" not in top
     assert time.perf_counter() - started < 5
-    for command in ("demo", "init", "index", "search", "embed", "eval", "info", "doctor"):
+    for command in ("demo", "init", "index", "search", "serve", "embed", "eval", "info", "doctor"):
         assert command in top
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, search_r3.cli; print('torch' in sys.modules)"],
@@ -194,3 +194,21 @@ def test_a_closed_pipe_is_no_error(indexed):
     )  # fmt: skip
     assert len(process.stdout.splitlines()) == 1
     assert "Traceback" not in process.stderr
+
+
+def test_a_map_is_drawn(run, indexed, tmp_path):
+    code, _, error = run("plot", "map", indexed, "pack files", "-o", tmp_path / "map.svg")
+    assert code == 0, error
+    assert (tmp_path / "map.svg").read_text().count("<use") > 6  # a mark for each of the six documents, and two more
+    code, _, error = run("plot", "map", indexed, "pack files", "-o", tmp_path / "none" / "map.svg")
+    assert (code, "does not exist" in error) == (2, True)
+
+
+def test_serve_refuses_what_cannot_be_served(run, indexed, tmp_path):
+    for arguments, words in (
+        ([tmp_path / "none"], "no index here"),
+        ([indexed, tmp_path / "other" / ".." / "index"], "two indexes have the name 'index'"),
+    ):
+        code, _, error = run("serve", *arguments)
+        assert code == 2
+        assert words in error

@@ -238,7 +238,11 @@ def package(
     print_json(report) if json_ else out.print_json(data=report)
 
 
-def plot(
+plot = typer.Typer(no_args_is_help=True, help="Draw: the curves of a `run`, or a `map` of an index.")
+
+
+@plot.command("run")
+def plot_run(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=".png, .svg or .pdf; default RUN/curves.png.")
@@ -246,7 +250,7 @@ def plot(
 ) -> None:
     """Draw the curves of a run; of a run of stage 2, also show the best and the worst of the last rollouts.
 
-    Example:  search-r3 plot runs/first
+    Example:  search-r3 plot run runs/first
     """
     from search_r3.train.plot import last_rollouts
     from search_r3.train.plot import plot as draw
@@ -260,3 +264,30 @@ def plot(
             table.add_row(reward, str(record["rank"]), escape(record["query"]), escape(record["reasoning"][:300]))
         out.print(table)
     out.print(f"Wrote {escape(str(image))}")
+
+
+@plot.command("map")
+def plot_map(
+    folder: Annotated[Path, typer.Argument(metavar="index", help="Index folder.")],
+    query: Annotated[str, typer.Argument(help="Question.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")] = Path("map.png"),
+    precision: Arithmetic = Precision.auto,
+    device: Device = None,
+) -> None:
+    """Draw where a question lies among the documents, before and after reasoning (PCA of the documents' vectors).
+
+    Example:  search-r3 plot map notes-index "how do I renew the certificate?" -o map.png
+    """
+    from search_r3.index.store import Store
+    from search_r3.train.plot import draw_map
+
+    if not output.parent.is_dir():
+        raise DataError(f"--output {output}: its folder does not exist")
+    with Store.open(folder, verify=False) as store:
+        stored = store.manifest
+    model = load_model(stored.checkpoint, precision, device, stored.dimension)
+    from search_r3.retriever import Retriever
+
+    with Retriever.open(folder, model) as retriever:
+        draw_map(retriever, query, output)
+    out.print(f"Wrote {escape(str(output))}")

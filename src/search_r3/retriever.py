@@ -21,6 +21,7 @@ from search_r3.model.reasoning import TextCallback
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting, split
 from search_r3.progress import Meter
+from search_r3.projection import Plane
 from search_r3.records import Document, Hit, Reasoned
 
 IndexKind = Literal["exact", "graph"]
@@ -72,6 +73,7 @@ class Retriever:
         self.model, self.store, self.kind = model, store, kind
         self._index: tuple[int, Index] | None = None
         self._lexical: tuple[int, LexicalIndex] | None = None
+        self._plane: tuple[tuple[int, int], tuple[Plane, list[Passage], np.ndarray]] | None = None
 
     @classmethod
     def create(
@@ -330,6 +332,20 @@ class Retriever:
                 )
             if not self.store.moved():  # otherwise another process changed the rows while we read them
                 return hits
+
+    def plane(self, limit: int = 1000) -> tuple[Plane, list[Passage], np.ndarray]:
+        """The plane in which the stored vectors differ most, passages evenly chosen, and their places, (N, 2)."""
+        store = self.store
+        if store.moved():
+            store.refresh()
+        if self._plane is None or self._plane[0] != (store.generation, limit):
+            rows = np.flatnonzero(store.alive)
+            if len(rows) > limit:
+                rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+            vectors = np.asarray(store.vectors[rows], dtype=np.float32)
+            plane = Plane.fit(vectors)
+            self._plane = (store.generation, limit), (plane, store.get(rows.tolist()), plane(vectors))
+        return self._plane[1]
 
     def _rank(self, vectors: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Enough rows for k documents each: passages of one document must not crowd out the others."""

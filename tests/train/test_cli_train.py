@@ -38,12 +38,12 @@ def test_train_plot_and_refusals(recipe_file, root, tmp_path):
     output = tmp_path / "run"
     result = run("train", "sft", recipe_file, "--data", root, "-o", output, "--set", "steps=2", "--json")
     assert json.loads(result.stdout) == {"model": str(output / "model")}
-    run("plot", output)
+    run("plot", "run", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TrainingError, match="holds a run"):
         run("train", "sft", recipe_file, "--data", root, "-o", output)
     with pytest.raises(TrainingError, match="no readable log"):
-        run("plot", tmp_path)
+        run("plot", "run", tmp_path)
 
 
 def test_mine(root, tmp_path):
@@ -67,7 +67,7 @@ def test_reinforce_from_the_command_line(base, root, tmp_path):
     assert not output.exists()
     done = run("train", "rl", recipe, "--data", root, "-o", output, "--set", "reward.rank=log_rank", "--json")
     assert json.loads(done.stdout) == {"model": str(output / "model")}
-    run("plot", output)
+    run("plot", "run", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     packed = run("package", output / "model", "--base", output / "initial", "-o", tmp_path / "adapter", "--json")
     assert json.loads(packed.stdout)["kept"] > 0.99

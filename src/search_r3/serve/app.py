@@ -25,7 +25,6 @@ from starlette.exceptions import HTTPException
 from search_r3 import __version__
 from search_r3.errors import DataError, StoreError
 from search_r3.model.reasoning import control_ids
-from search_r3.projection import Plane
 from search_r3.records import Document, Hit, Reasoned
 from search_r3.retriever import Retriever, fuse_vectors
 from search_r3.serve.guard import Guard, error_body
@@ -56,7 +55,6 @@ from search_r3.snippet import snippet
 
 PAGE = Path(__file__).parent / "page"
 SLICE_CHARS = 4000  # of documents encoded between two looks at the queue: about a second on a small CPU
-MAP_POINTS = 1000
 PING_SECONDS = 15.0
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
@@ -70,8 +68,6 @@ class Served:
     """As it is asked for."""
     retriever: Retriever
     """Open; its model may be shared with others."""
-    plane: tuple[int, Plane, list[Any], np.ndarray] | None = None
-    """The map of one generation: number, plane, passages, their places (N, 2)."""
 
 
 class TooLargeError(Exception):
@@ -321,7 +317,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         vectors = [direct[0]]
         if body.reason:
             vectors.append((await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)).vector)
-        plane, passages, places = await worker.call(lambda: _plane(index))
+        plane, passages, places = await worker.call(index.retriever.plane)
         spots = plane(np.stack(vectors)).tolist()
         return MapResponse(
             points=[
@@ -452,17 +448,3 @@ def _slices(documents: Sequence[DocumentIn]) -> list[list[DocumentIn]]:
 def _hit(hit: Hit, query: str) -> HitOut:
     shown, ranges = snippet(" ".join(hit.text[:20_000].split()), query)
     return HitOut(**asdict(hit), snippet=shown, highlights=ranges)
-
-
-def _plane(index: Served) -> tuple[Plane, list[Any], np.ndarray]:
-    """The map of an index as it is now; at most MAP_POINTS passages, evenly chosen."""
-    store = index.retriever.store
-    if store.moved():
-        store.refresh()
-    if index.plane is None or index.plane[0] != store.generation:
-        rows = np.flatnonzero(store.alive)
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAP_POINTS)).astype(int)] if len(rows) else rows
-        vectors = np.asarray(store.vectors[rows], dtype=np.float32)
-        plane = Plane.fit(vectors)
-        index.plane = store.generation, plane, store.get(rows.tolist()), plane(vectors)
-    return index.plane[1:]

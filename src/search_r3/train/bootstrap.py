@@ -22,7 +22,7 @@ from search_r3.progress import Meter
 from search_r3.records import Document, Reasoned, Status
 from search_r3.train.data import dump
 
-BLOCK = 16  # queries sampled, ranked and written at once
+ROWS = 64  # enrichments sampled, ranked and written at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +58,37 @@ def bootstrap(
     limit: so many queries, drawn at random. documents: cut the corpus to so many, the relevant ones first. writer: the
     model that writes the enrichments; by default the one that embeds after them. Ranks are of the best relevant
     document within the corpus; `thought` is null where nothing is kept. A file that holds records is gone on with: what
-    an interruption left is not done again. Returns counts and mean ranks.
+    an interruption left is not done again. One sample that is kept in any case is not ranked, and has no ranks.
+    Returns counts and mean ranks.
     """
+    ranking, size = how.samples > 1 or how.only_better, max(1, ROWS // how.samples)
     collection = cut(_drawn(load_collection(folder, split), limit, how.seed), None, documents)
     done = _done(output)
     places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
     rows = {document.id: row for row, document in enumerate(collection.documents)}
-    if todo:
+    if todo and ranking:
         stored = model.encode_documents(collection.documents, progress=progress)
     with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
-        for start in range(0, len(todo), BLOCK):
-            block = todo[start : start + BLOCK]
+        for start in range(0, len(todo), size):
+            block = todo[start : start + size]
             texts = [query.text for query in block]
-            direct = model.encode_queries(texts)
             reasoned = (writer or model).reason(
                 texts,
                 max_new_tokens=how.max_new_tokens,
                 temperature=how.temperature,
                 seed=how.seed + places[block[0].id],
                 samples=how.samples,
-                batch_rows=BLOCK * how.samples,
+                batch_rows=ROWS,
             )
             thoughts = [_whole(sample) for sample in reasoned]
+            meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
+            if not ranking:
+                for query, thought in zip(block, thoughts, strict=True):
+                    file.write(dump({"query_id": query.id, "thought": thought or None}))
+                file.flush()
+                continue
+            direct = model.encode_queries(texts)
             repeated = [text for text in texts for _ in range(how.samples)]
             vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
             for number, query in enumerate(block):
@@ -95,13 +103,14 @@ def bootstrap(
                 record = {"query_id": query.id, "thought": kept or None, "rank": ranks[best], "direct_rank": before}
                 file.write(dump(record | {"ranks": ranks}))
             file.flush()
-            meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
     records = list(_done(output).values())
     return {
         "queries": len(records),
         "kept": sum(record["thought"] is not None for record in records),
-        "mean_reciprocal_rank": _mean_reciprocal(records, "rank"),
-        "mean_reciprocal_rank_direct": _mean_reciprocal(records, "direct_rank"),
+    } | {
+        f"mean_reciprocal_{field}": _mean_reciprocal(records, field)
+        for field in ("rank", "direct_rank")
+        if all(field in record for record in records)
     }
 
 
@@ -167,7 +176,7 @@ def _done(output: Path) -> dict[str, dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                found[record["query_id"]] = {name: record[name] for name in ("thought", "rank", "direct_rank")}
+                found[record["query_id"]] = {"thought": record["thought"]} | record
             except (ValueError, KeyError, TypeError) as error:
                 if not line.endswith(b"\n"):
                     break

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from search_r3.errors import TrainingError
+from search_r3.retriever import Retriever
 from search_r3.train.run import METRICS, TABLE
 
 SUPERVISED = (
@@ -62,13 +65,9 @@ def last_rollouts(run: Path, count: int = 6) -> list[dict[str, Any]]:
 
 def plot(run: Path, image: Path) -> None:
     """Draw a run's curves into a .png, .svg or .pdf file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TrainingError("plots need the 'train' extra: pip install 'search-r3[train]'") from None
     series = read_metrics(run)
     panels = REINFORCED if "reward" in series else SUPERVISED
-    figure = Figure(figsize=(12, 3.2 * len(panels) / 3), layout="constrained")
+    figure = _figure(12, 3.2 * len(panels) / 3)
     for axes, (title, names) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
         for name, (steps, values) in series.items():
             if name in names or any(wanted.endswith("_") and name.startswith(wanted) for wanted in names):
@@ -81,3 +80,33 @@ def plot(run: Path, image: Path) -> None:
             axes.legend(fontsize=7)
     figure.suptitle(run.resolve().name)
     figure.savefig(image, dpi=120)
+
+
+def draw_map(retriever: Retriever, query: str, image: Path) -> None:
+    """Draw documents and a question, before and after reasoning, in the plane of the documents' vectors."""
+    figure = _figure(9, 6)
+    thought = retriever.model.reason([query])[0]
+    plane, passages, places = retriever.plane()
+    direct, reasoned = plane(np.vstack([retriever.model.encode_queries([query]), thought.vector]))
+    axes = figure.subplots()
+    axes.scatter(*places.T, s=9, c="0.6")
+    for hit in retriever.search_vectors(thought.vector[None], 5)[0]:
+        row = next((n for n, passage in enumerate(passages) if passage.document.id == hit.id), None)
+        if row is not None:
+            axes.annotate(hit.title or hit.id, places[row], fontsize=8, color="0.3")
+    axes.annotate("", reasoned, direct, arrowprops={"arrowstyle": "->", "linestyle": "--", "color": "0.4"})
+    axes.scatter(*direct, s=60, label="direct")
+    axes.scatter(*reasoned, s=60, label="after reasoning")
+    axes.set(
+        title=f"{query}\n({100 * plane.explained:.0f} % of how {len(passages)} passages differ)", xticks=[], yticks=[]
+    )
+    axes.legend()
+    figure.savefig(image, dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TrainingError("plots need the 'train' extra: pip install 'search-r3[train]'") from None
+    return Figure(figsize=(width, height), layout="constrained")

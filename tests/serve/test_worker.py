@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search_r3.errors import DataError
+from search_r3.model.search_r3 import SearchR3
+from search_r3.serve.settings import Settings
+from search_r3.serve.worker import BusyError, LateError, Worker
+
+
+class Passes:
+    """Remembers the passes of the model."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def batch(self, kind: str, texts: int, tokens: int, seconds: float) -> None:
+        self.seen.append((kind, texts))
+
+
+def working(test: Callable[[Worker, Passes], Awaitable[None]], **settings: Any) -> None:
+    """Run a test on an event loop with a worker."""
+    passes = Passes()
+    worker = Worker(Settings(**settings), passes)
+    worker.start()
+    try:
+        asyncio.run(test(worker, passes))  # type: ignore[arg-type]
+    finally:
+        worker.stop()
+
+
+class Held:
+    """Keeps the worker busy until it is let go."""
+
+    def __init__(self, worker: Worker):
+        self._go, begun = threading.Event(), threading.Event()
+        self._task = asyncio.ensure_future(worker.call(lambda: (begun.set(), self._go.wait(10))))
+        self._begun = begun
+
+    async def begun(self) -> None:
+        while not self._begun.is_set():
+            await asyncio.sleep(0.001)
+
+    async def release(self) -> None:
+        self._go.set()
+        await self._task
+
+
+def test_what_waits_shares_a_pass_and_bad_texts_fail_alone(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        held = Held(worker)
+        await held.begun()
+        texts = ["one", "two words", "  ", "three of them"]
+        tasks = [asyncio.ensure_future(worker.embed(model, 64, [text])) for text in texts]
+        await asyncio.sleep(0)
+        await held.release()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert passes.seen == [("embed", 3)]
+        assert isinstance(results.pop(2), DataError)
+        texts.remove("  ")
+        for text, (vectors, tokens) in zip(texts, results, strict=True):  # type: ignore[misc]
+            np.testing.assert_allclose(vectors, model.encode_documents([text]), atol=1e-6)
+            assert tokens == len(model.engine.plain_ids([text])[0])
+
+    working(test)
+
+
+def test_a_large_request_lets_small_ones_through(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        ended = []
+
+        async def ask(name: str, count: int) -> None:
+            vectors, _ = await worker.embed(model, 64, [f"text {n}" for n in range(count)])
+            assert len(vectors) == count
+            ended.append(name)
+
+        await asyncio.gather(ask("large", 40), ask("small", 1))
+        assert ended == ["small", "large"]
+        assert max(texts for _, texts in passes.seen) <= 8
+
+    working(test, batch=8)
+
+
+def test_texts_are_embedded_between_the_tokens_of_a_reasoning(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        thinking = asyncio.Event()
+        task = asyncio.ensure_future(worker.think(model, "pack files", 200, lambda _: thinking.set()))
+        await thinking.wait()
+        vectors, _ = await worker.embed(model, 64, ["ls"])
+        assert not task.done()
+        np.testing.assert_allclose(vectors, model.encode_documents(["ls"]), atol=1e-6)
+        expected = model.reason(["pack files"], max_new_tokens=200)[0]
+        assert (await task).token_ids == expected.token_ids
+        assert [kind for kind, _ in passes.seen] == ["embed", "reason"]
+
+    working(test)
+
+
+def test_a_cancelled_reasoning_leaves_its_batch(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        held, begun = Held(worker), asyncio.Event()
+        await held.begun()
+        gone = asyncio.ensure_future(worker.think(model, "pack files", 5000, lambda _: begun.set()))
+        await asyncio.sleep(0)
+        await held.release()
+        await begun.wait()
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert worker.waiting == 0
+        await asyncio.wait_for(worker.call(lambda: None), 5)
+        short = await asyncio.wait_for(worker.think(model, "ls", 3), 10)  # would wait for 5,000 tokens otherwise
+        assert len(short.token_ids) <= 3
+
+    working(test)
+
+
+def test_queue_deadline_cache_and_end(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        held = Held(worker)
+        await held.begun()
+        late = asyncio.ensure_future(worker.embed(model, 64, ["a"]))
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            await worker.embed(model, 64, ["a", "b", "c"])
+        await asyncio.sleep(0.4)
+        await held.release()
+        with pytest.raises(LateError):
+            await late
+        for text in ("a", "b", "c", "b", "c"):  # two are kept: the last three lookups find the last two
+            await worker.embed(model, 64, [text], keep=True)
+        assert worker.cache_hits == 2
+        first = await worker.think(model, "a", 3)
+        assert await worker.think(model, "a", 3) is first
+        kept = asyncio.ensure_future(worker.call(lambda: 7))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(worker.stop)
+        assert await kept == 7
+        with pytest.raises(BusyError):
+            await worker.call(lambda: 8)
+
+    working(test, queue=3, timeout=0.3, cache=2)
