@@ -187,6 +187,7 @@ def bootstrap(
     temperature: Annotated[float, typer.Option(help="Of the sampling.", min=0.01)] = 0.8,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one.", min=1)] = 48,
     seed: Annotated[int, typer.Option(help="Same seed, same enrichments.")] = 0,
+    least_words: Annotated[int, typer.Option(help="Do not keep shorter enrichments.", min=1)] = 1,
     keep_all: Annotated[
         bool, typer.Option("--keep-all", help="Keep the best one even where it does not help.")
     ] = False,
@@ -214,7 +215,7 @@ def bootstrap(
     from search_r3.train.bootstrap import Sampling
     from search_r3.train.bootstrap import bootstrap as sample
 
-    how = Sampling(samples, temperature, max_new_tokens, seed, not keep_all)
+    how = Sampling(samples, temperature, max_new_tokens, seed, least_words, not keep_all)
     with interruptible(f"what was found is in {output}; the same command goes on"):
         report = sample(model, dataset, output, how, split=split, limit=limit, documents=documents, writer=teacher)
     print_json(report) if json_ else out.print_json(data=report)

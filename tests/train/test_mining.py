@@ -73,6 +73,21 @@ def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
         assert max(record["ranks"]) <= 4
 
 
+def test_one_sample_is_not_ranked_and_short_ones_are_not_kept(tmp_path, model):
+    folder = write_set(tmp_path / "set", 6)
+    how = Sampling(samples=1, max_new_tokens=6, only_better=False)
+    report = bootstrap(model, folder, tmp_path / "a.jsonl", how, progress=False)
+    assert report == {"queries": 6, "kept": 6}
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert all(record.keys() == {"query_id", "thought"} for record in records)
+    words = sorted(len(record["thought"].split()) for record in records)
+    least = words[-1]
+    assert words[0] < least
+    how = Sampling(samples=1, max_new_tokens=6, only_better=False, least_words=least)
+    report = bootstrap(model, folder, tmp_path / "b.jsonl", how, progress=False)
+    assert report == {"queries": 6, "kept": words.count(least)}
+
+
 def test_a_reasoning_cut_short_is_taken_back_to_whole_sentences():
     def cut(text, status=Status.FORCED):
         return _whole(Reasoned(text, np.zeros(1), (), (), status))

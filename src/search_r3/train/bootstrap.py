@@ -37,6 +37,8 @@ class Sampling:
     """Most tokens of one."""
     seed: int = 0
     """Same seed, same enrichments."""
+    least_words: int = 1
+    """Shorter enrichments are not kept."""
     only_better: bool = True
     """Leave out queries whose best enrichment ranks the document no better than no reasoning does."""
 
@@ -82,10 +84,11 @@ def bootstrap(
                 batch_rows=ROWS,
             )
             thoughts = [_whole(sample) for sample in reasoned]
+            long = [len(thought.split()) >= how.least_words for thought in thoughts]
             meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
             if not ranking:
-                for query, thought in zip(block, thoughts, strict=True):
-                    file.write(dump({"query_id": query.id, "thought": thought or None}))
+                for query, thought, kept in zip(block, thoughts, long, strict=True):
+                    file.write(dump({"query_id": query.id, "thought": thought if kept else None}))
                 file.flush()
                 continue
             direct = model.encode_queries(texts)
@@ -98,10 +101,10 @@ def bootstrap(
                 if not relevant:
                     continue
                 before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant)
-                best = int(np.argmin(ranks))
-                kept = thoughts[mine][best] if ranks[best] < before or not how.only_better else None
-                record = {"query_id": query.id, "thought": kept or None, "rank": ranks[best], "direct_rank": before}
-                file.write(dump(record | {"ranks": ranks}))
+                best = min(range(how.samples), key=lambda n: (not long[mine][n], ranks[n]))
+                kept = long[mine][best] and (ranks[best] < before or not how.only_better)
+                record = {"query_id": query.id, "thought": thoughts[mine][best] if kept else None}
+                file.write(dump(record | {"rank": ranks[best], "direct_rank": before, "ranks": ranks}))
             file.flush()
     records = list(_done(output).values())
     return {
