@@ -212,3 +212,17 @@ def test_serve_refuses_what_cannot_be_served(run, indexed, tmp_path):
         code, _, error = run("serve", *arguments)
         assert code == 2
         assert words in error
+
+
+def test_export_writes_a_card_and_refuses_a_full_folder(run, checkpoint, tmp_path):
+    code, output, error = run("export", tmp_path / "out", "-c", checkpoint, "--json")
+    assert code == 0, error
+    assert json.loads(output)["bytes"] > 100_000
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "32 dimensions" in card
+    assert str(tmp_path) not in card
+    assert run("export", tmp_path / "out", "-c", checkpoint)[0] == 2
+    code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "no")
+    assert (code, "OWNER/NAME" in error) == (2, True)
+    code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "a/b")
+    assert (code, "is written, but was not uploaded" in error) == (2, True)

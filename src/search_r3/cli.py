@@ -498,6 +498,49 @@ def info(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    checkpoint: Checkpoint = "default",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub, as a private repository.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers and sentence-transformers load without our code.
+
+    Example:  search-r3 export my-model -c runs/first/model
+    """
+    from search_r3.errors import CheckpointError
+
+    if push is not None and push.count("/") != 1:
+        raise CheckpointError(f"--push {push}: give OWNER/NAME")
+    model = load_model(checkpoint)
+    from search_r3.model.export import card
+    from search_r3.model.export import export as write
+
+    try:
+        write(model, folder, card(model))
+    except FileExistsError as error:
+        raise CheckpointError(f"{folder}: exists; choose another folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
+    if push is not None:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().create_repo(push, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=push, folder_path=folder)
+        except Exception as error:  # the hub raises a dozen unrelated types
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{folder} is written, but was not uploaded to {push}: {reason}") from error
+    report = {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.rglob("*")), "pushed": push}
+    if json_:
+        print_json(report)
+    else:
+        out.print(f"Wrote {escape(str(folder))}: SentenceTransformer({escape(str(folder))!r}) loads it.")
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Check this machine: versions, extras, device, disk, and whether the model computes what it should.
 
