@@ -226,3 +226,23 @@ def test_export_writes_a_card_and_refuses_a_full_folder(run, checkpoint, tmp_pat
     assert (code, "OWNER/NAME" in error) == (2, True)
     code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "a/b")
     assert (code, "is written, but was not uploaded" in error) == (2, True)
+
+
+def test_eval_by_mteb(run, checkpoint, tmp_path):
+    from tests.train.conftest import write_set
+
+    folder = write_set(tmp_path / "my-set", 8)
+    code, output, error = run(
+        "eval", "--mteb", folder, "--reason", "--mteb-output", tmp_path / "results", "-c", checkpoint, "--json"
+    )
+    assert code == 0, error
+    assert 0 <= json.loads(output)["MySet"] <= 1
+    assert len(list((tmp_path / "results").rglob("MySet.json"))) == 1
+    for arguments, words in (
+        ([], "name a data set"),
+        ([folder, "--mteb", folder], "leave out the others"),
+        (["--mteb", "NoSuchTask", "-c", checkpoint], "neither a BEIR folder nor a task"),
+    ):
+        code, _, error = run("eval", *arguments)
+        assert code == 2
+        assert words in error

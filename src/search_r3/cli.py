@@ -364,7 +364,7 @@ def embed(
 
 @app.command("eval")
 def eval_(
-    datasets: Annotated[list[Path], typer.Argument(help="BEIR folders.")],
+    datasets: Annotated[list[Path] | None, typer.Argument(help="BEIR folders.")] = None,
     modes: Annotated[
         str, typer.Option(help="Comma-separated; 'all' for every mode.")
     ] = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm",
@@ -384,6 +384,12 @@ def eval_(
     details: Annotated[
         Path | None, typer.Option(help="Write every query's reasoning, scores and hits here (JSONL).")
     ] = None,
+    mteb: Annotated[
+        list[str] | None,
+        typer.Option(help="Run a task of mteb's, or a BEIR folder as one, by mteb itself; may be given again."),
+    ] = None,
+    mteb_output: Annotated[Path, typer.Option(help="Where mteb writes its result files.")] = Path("mteb-results"),
+    reason: Annotated[bool, typer.Option("--reason", help="With --mteb: think before embedding queries.")] = False,
     prompt_file: PromptFile = None,
     embed_token: EmbedToken = None,
     json_: Json = False,
@@ -395,6 +401,20 @@ def eval_(
 
     Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
     """
+    if not datasets and not mteb:
+        raise DataError("name a data set (a BEIR folder), or a task with --mteb")
+    if datasets and mteb:
+        raise DataError("--mteb takes its own data sets: leave out the others, or run them without --mteb")
+    if mteb:
+        try:
+            from search_r3.evaluate.mteb import run
+        except ModuleNotFoundError as error:
+            raise DataError(f"--mteb needs {error.name}; install it with: pip install 'search-r3[mteb]'") from error
+        model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
+        scores = run(model, mteb, mteb_output, reason=reason, split=split)
+        print_json(scores) if json_ else out.print_json(data=scores)
+        return
+    assert datasets
     with err.status("loading"):
         from search_r3.evaluate.report import markdown, rich_table
         from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
@@ -416,7 +436,7 @@ def eval_(
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
-    model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
+    loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 
     def on_result(result: CollectionResult) -> None:
         scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
@@ -426,11 +446,11 @@ def eval_(
 
     with interruptible("document vectors are cached; the same command goes on"):
         results = evaluate(
-            model, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+            loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
             fuse=fuse, precision=precision.value, on_result=on_result,
         )  # fmt: skip
     report = summarise(
-        results, model, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
+        results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
         max_new_tokens=max_new_tokens, fuse=fuse,
     )  # fmt: skip
     command = shlex.join(["search-r3", *sys.argv[1:]])
