@@ -24,11 +24,14 @@ from search_r3.cli_common import (
     Device,
     Dims,
     EmbedToken,
+    IndexChoice,
     Json,
     Kind,
     Precision,
     PromptFile,
+    QdrantUrl,
     err,
+    index_kind,
     interruptible,
     load_model,
     out,
@@ -213,7 +216,8 @@ def search(
         float | None, typer.Option(help="Mix: weight of the reasoned vector beside the direct one.", min=0, max=1)
     ] = None,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Fuse with BM25 by reciprocal rank.")] = False,
-    kind: Annotated[Kind, typer.Option("--index", help="exact, or graph for very large indexes.")] = Kind.exact,
+    kind: IndexChoice = Kind.exact,
+    qdrant: QdrantUrl = None,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", "-c", help="Default: the one that the index names.")
     ] = None,
@@ -236,7 +240,7 @@ def search(
     model.engine.dimension = min(model.dimension, stored.dimension)  # an index made with --dims
     from search_r3.retriever import Retriever
 
-    with Retriever.open(folder, model, kind.value) as retriever:
+    with Retriever.open(folder, model, index_kind(kind, qdrant)) as retriever:
         for text in _queries(query):
             streaming = reason and not json_ and out.is_terminal
             found = retriever.search(

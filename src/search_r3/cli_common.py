@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from search_r3.errors import StoreError
+
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
+    from search_r3.retriever import IndexKind
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -32,6 +35,7 @@ class Kind(StrEnum):
 
     exact = "exact"
     graph = "graph"
+    qdrant = "qdrant"
 
 
 Checkpoint = Annotated[
@@ -46,6 +50,24 @@ PromptFile = Annotated[
     typer.Option("--prompts", help="JSON with the prompts of another project's model; see docs/checkpoints.md."),
 ]
 EmbedToken = Annotated[str | None, typer.Option(help="The embedding token of another project's model.")]
+
+IndexChoice = Annotated[
+    Kind, typer.Option("--index", help="exact; graph for very large indexes; qdrant for more than one machine.")
+]
+QdrantUrl = Annotated[
+    str | None, typer.Option("--qdrant", envvar="QDRANT_URL", help="With --index qdrant: the server's URL.")
+]
+
+
+def index_kind(kind: Kind, qdrant: str | None) -> IndexKind:
+    """What `Retriever` takes."""
+    if kind is not Kind.qdrant:
+        return "exact" if kind is Kind.exact else "graph"
+    if qdrant is None:
+        raise StoreError("--index qdrant: name the server with --qdrant URL, e.g. http://localhost:6333")
+    from search_r3.index.remote import follower
+
+    return follower(qdrant)
 
 
 @contextmanager

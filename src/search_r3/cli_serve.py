@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from search_r3.cli_common import Arithmetic, Device, Kind, Precision, err, load_model
+from search_r3.cli_common import (
+    Arithmetic,
+    Device,
+    IndexChoice,
+    Kind,
+    Precision,
+    QdrantUrl,
+    err,
+    index_kind,
+    load_model,
+)
 from search_r3.errors import DataError
 
 
@@ -19,7 +29,8 @@ def serve(
     folders: Annotated[list[Path], typer.Argument(metavar="index...", help="Index folders; the first is the default.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all networks.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
-    kind: Annotated[Kind, typer.Option("--index", help="exact, or graph for very large indexes.")] = Kind.exact,
+    kind: IndexChoice = Kind.exact,
+    qdrant: QdrantUrl = None,
     precision: Arithmetic = Precision.auto,
     device: Device = None,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
@@ -76,7 +87,7 @@ def serve(
             space = stored.fingerprint, stored.dimension
             if space not in models:
                 models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
-            retriever = stack.enter_context(Retriever.open(folder, models[space], kind.value))
+            retriever = stack.enter_context(Retriever.open(folder, models[space], index_kind(kind, qdrant)))
             served.append(Served(name, retriever))
         config = uvicorn.Config(
             create_app(served, settings),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,8 @@ from search_r3.progress import Meter
 from search_r3.projection import Plane
 from search_r3.records import Document, Hit, Reasoned
 
-IndexKind = Literal["exact", "graph"]
+IndexKind = Literal["exact", "graph"] | Callable[[Store], Index]
+"""Or what makes an index of a store's present content, such as `remote.RemoteIndex`."""
 FUSION_DEPTH = 100  # documents of each ranking that take part in reciprocal rank fusion
 
 
@@ -208,7 +209,10 @@ class Retriever:
         if self._index is None or self._index[0] != self.store.generation:
             store = self.store
             index: Index
-            index = ExactIndex(store.vectors, store.alive) if self.kind == "exact" else self._graph()
+            if self.kind == "exact":
+                index = ExactIndex(store.vectors, store.alive)
+            else:
+                index = self._graph() if self.kind == "graph" else self.kind(store)
             self._index = (store.generation, index)
         return self._index[1]
 

@@ -229,6 +229,11 @@ class Store:
             return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
 
     @property
+    def vectors_name(self) -> str:
+        """The vectors' file, which changes when rows are numbered anew."""
+        return str(self._path.name)
+
+    @property
     def passages(self) -> int:
         """Number of passages that can be found."""
         return int(self.alive.sum())

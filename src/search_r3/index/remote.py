@@ -1,0 +1,191 @@
+"""Search in Qdrant, for corpora that outgrow one machine.
+
+The store stays the truth: its rows are copied to a collection, a point a row, and what changed since is copied before a
+search. The collection can be dropped at any time; it is filled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from search_r3.errors import StoreError
+from search_r3.files import write_json
+from search_r3.index.store import Store
+
+BATCH = 256  # rows in one request
+Quantisation = Literal["int8", "binary"]
+
+
+def connect(url: str) -> Any:
+    """A client. url: of a server, a folder for the client's local mode, or ":memory:"."""
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError:
+        raise StoreError("a Qdrant index needs the 'qdrant' extra: pip install 'search-r3[qdrant]'") from None
+    try:
+        if url == ":memory:" or "://" not in url:
+            return QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)
+        client = QdrantClient(url=url, check_compatibility=False)
+        client.get_collections()
+        return client
+    except Exception as error:
+        raise StoreError(f"{url}: no Qdrant answers there ({_line(error)})") from error
+
+
+def follower(url: str, quantise: Quantisation | None = None) -> Callable[[Store], RemoteIndex]:
+    """What `Retriever` takes as its kind: one client, and for each store a collection of its own."""
+    client = connect(url)
+
+    def follow(store: Store) -> RemoteIndex:
+        place = f"{platform.node()}:{store.folder.resolve()}"
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", store.folder.resolve().name)
+        return RemoteIndex(client, f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}", store, quantise)
+
+    return follow
+
+
+class RemoteIndex:
+    """`Index` over a Qdrant collection that follows a store.
+
+    quantise: the server searches over smaller copies and ranks the best with the whole vectors; int8 takes a quarter
+    of the memory, binary a thirty-second.
+    """
+
+    def __init__(self, client: Any, collection: str, store: Store, quantise: Quantisation | None = None):
+        self.client, self.collection, self.store, self.quantise = client, collection, store, quantise
+        self._state = store.folder / f"qdrant-{collection}.json"
+        self._errors(self._follow)
+
+    def __len__(self) -> int:
+        return int(self._errors(lambda: self.client.count(self.collection).count))
+
+    def search(
+        self, queries: np.ndarray, k: int, where: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`. where: only rows whose document's metadata has these values; a list accepts any."""
+        from qdrant_client import models
+
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        chosen = None
+        if where:
+            chosen = models.Filter(
+                must=[
+                    models.FieldCondition(key=f"metadata.{_key(name)}", match=_match(value))
+                    for name, value in where.items()
+                ]
+            )
+        rescored = models.SearchParams(quantization=models.QuantizationSearchParams(rescore=True, oversampling=3.0))
+        requests = [
+            models.QueryRequest(
+                query=query.tolist(), limit=k, filter=chosen, params=rescored if self.quantise else None
+            )
+            for query in np.asarray(queries, np.float32)
+        ]
+        for number in range(0, len(requests), BATCH):
+            part = requests[number : number + BATCH]
+            answers = self._errors(lambda part=part: self.client.query_batch_points(self.collection, part))
+            for line, answer in enumerate(answers, number):
+                for place, point in enumerate(answer.points):
+                    scores[line, place], rows[line, place] = point.score, point.id
+        return scores, rows
+
+    def drop(self) -> None:
+        """Remove the collection."""
+        self._errors(lambda: self.client.delete_collection(self.collection))
+        self._state.unlink(missing_ok=True)
+
+    def _follow(self) -> None:
+        """Copy what the store has and the collection has not, and remove what the store has no more."""
+        store, done = self.store, self._copied()
+        rows = np.flatnonzero(store.alive)
+        for part in _batches(rows[rows >= done]):
+            self._upsert(part)
+        dead = np.flatnonzero(~store.alive[:done])
+        for part in _batches(dead):
+            from qdrant_client import models
+
+            self.client.delete(self.collection, models.PointIdsList(points=part.tolist()), wait=True)
+        write_json(self._state, self._name() | {"rows": store.rows})
+
+    def _copied(self) -> int:
+        """Rows that the collection has seen; a new one is made where there is none of this store's."""
+        from qdrant_client import models
+
+        if self.client.collection_exists(self.collection):
+            if not self._state.exists():
+                raise StoreError(
+                    f"Qdrant collection {self.collection}: exists, and {self.store.folder} did not make it; remove it "
+                    "from Qdrant, or choose another name"
+                )
+            state = json.loads(self._state.read_text(encoding="utf-8"))
+            if {name: state.get(name) for name in self._name()} == self._name() and state["rows"] <= self.store.rows:
+                return int(state["rows"])
+            self.client.delete_collection(self.collection)
+        write_json(self._state, self._name() | {"rows": 0})
+        quantisation: Any = None
+        if self.quantise == "int8":
+            quantisation = models.ScalarQuantization(
+                scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+            )
+        elif self.quantise == "binary":
+            quantisation = models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
+        self.client.create_collection(
+            self.collection,
+            vectors_config=models.VectorParams(size=self.store.manifest.dimension, distance=models.Distance.DOT),
+            quantization_config=quantisation,
+        )
+        return 0
+
+    def _name(self) -> dict[str, Any]:
+        """What makes the rows' numbers mean what they mean."""
+        return {
+            "fingerprint": self.store.manifest.fingerprint,
+            "vectors": self.store.vectors_name,
+            "quantise": self.quantise,
+        }
+
+    def _upsert(self, rows: np.ndarray) -> None:
+        from qdrant_client import models
+
+        passages = self.store.get(rows.tolist())
+        payloads = [{"id": p.document.id, "metadata": dict(p.document.metadata)} for p in passages]
+        vectors = np.asarray(self.store.vectors[rows], dtype=np.float32).tolist()
+        points = models.Batch(ids=rows.tolist(), vectors=vectors, payloads=payloads)
+        self.client.upsert(self.collection, points, wait=True)
+
+    def _errors(self, call: Any) -> Any:
+        try:
+            return call()
+        except (StoreError, OSError):
+            raise
+        except Exception as error:  # a client's errors are of a dozen unrelated types
+            raise StoreError(f"Qdrant collection {self.collection}: {_line(error)}") from error
+
+
+def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]
+
+
+def _match(value: Any) -> Any:
+    from qdrant_client import models
+
+    return models.MatchAny(any=value) if isinstance(value, list) else models.MatchValue(value=value)
+
+
+def _key(name: str) -> str:
+    """Qdrant reads dots as levels; quotes keep a name whole."""
+    return f'"{name}"' if not name.isidentifier() else name
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,106 @@
+"""Against the client's local mode, which searches exactly and ignores quantisation."""
+
+import numpy as np
+import pytest
+
+from search_r3.errors import StoreError
+from search_r3.index.exact import ExactIndex
+from search_r3.index.store import Store, StoreManifest
+from search_r3.records import Document
+from search_r3.retriever import Retriever
+from tests.conftest import TEXTS
+
+pytest.importorskip("qdrant_client", reason="no tests of the remote index: pip install qdrant-client")
+from search_r3.index.remote import RemoteIndex, connect, follower
+
+
+@pytest.fixture
+def store(tmp_path):
+    manifest = StoreManifest(
+        checkpoint="x", fingerprint="f", dimension=8, passage_tokens=0, passage_overlap=0, max_tokens=9
+    )
+    with Store.create(tmp_path / "store", manifest) as made:
+        put(made, range(600))
+        yield made
+
+
+def put(store, numbers):
+    random = np.random.default_rng(min(numbers, default=0))
+    documents = [
+        Document(f"d{n}", f"text {n}", metadata={"even": n % 2 == 0, "third": n % 3, "a.b": f"k{n % 5}"})
+        for n in numbers
+    ]
+    vectors = random.normal(size=(len(documents), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store.put(documents, [(n, 0, 6) for n in range(len(documents))], vectors)
+
+
+def same(store, remote, k=7, where=None):
+    queries = np.random.default_rng(9).normal(size=(5, 8)).astype(np.float32)
+    alive = store.matching(where) if where else store.alive
+    expected, rows = ExactIndex(store.vectors, alive).search(queries, k)
+    scores, found = remote.search(queries, k, where)
+    np.testing.assert_array_equal(found, rows)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantise", [None, "int8", "binary"])
+def test_it_follows_the_store(store, quantise):
+    client = connect(":memory:")
+    remote = RemoteIndex(client, "mine", store, quantise)
+    assert len(remote) == 600
+    same(store, remote)
+    same(store, remote, k=700)
+    put(store, range(590, 900))  # ten replaced, three hundred new
+    store.delete([f"d{n}" for n in range(0, 100, 3)])
+    again = RemoteIndex(client, "mine", store, quantise)
+    assert len(again) == store.passages
+    same(store, again)
+    store.compact()
+    same(store, RemoteIndex(client, "mine", store, quantise))
+    assert len(again) == store.passages
+
+
+def test_only_what_is_new_is_sent(store, monkeypatch):
+    client = connect(":memory:")
+    RemoteIndex(client, "mine", store)
+    sent = []
+    monkeypatch.setattr(RemoteIndex, "_upsert", lambda self, rows: sent.extend(rows.tolist()))
+    RemoteIndex(client, "mine", store)
+    assert sent == []
+    put(store, range(1000, 1010))
+    RemoteIndex(client, "mine", store)
+    assert sent == list(range(600, 610))
+
+
+@pytest.mark.parametrize("where", [{"even": True}, {"third": [0, 2], "even": False}, {"a.b": "k3"}, {"third": 7}])
+def test_filters(store, where):
+    same(store, RemoteIndex(connect(":memory:"), "mine", store), where=where)
+
+
+def test_a_retriever_searches_in_it(model, tmp_path):
+    with Retriever.create(tmp_path / "index", model, kind=follower(str(tmp_path / "qdrant"))) as retriever:
+        retriever.add([Document(str(n), text) for n, text in enumerate(TEXTS)])
+        vectors = model.encode_queries(TEXTS[:3])
+        with Retriever.open(tmp_path / "index", model) as local:
+            for ours, theirs in zip(
+                retriever.search_vectors(vectors, 4), local.search_vectors(vectors, 4), strict=True
+            ):
+                assert [hit.id for hit in ours] == [hit.id for hit in theirs]
+        retriever.delete(["0"])
+        assert "0" not in [hit.id for hit in retriever.search_vectors(vectors, 6)[0]]
+
+
+def test_what_is_not_ours_is_left_alone(store, tmp_path):
+    client = connect(":memory:")
+    RemoteIndex(client, "mine", store)
+    manifest = store.manifest
+    with Store.create(tmp_path / "other", manifest) as other, pytest.raises(StoreError, match="did not make it"):
+        RemoteIndex(client, "mine", other)
+    assert client.count("mine").count == 600
+    with pytest.raises(StoreError, match="no Qdrant answers"):
+        connect("http://127.0.0.1:9")
+    index = RemoteIndex(client, "mine", store)
+    client.delete_collection("mine")
+    with pytest.raises(StoreError, match="Qdrant collection mine"):
+        index.search(np.ones((1, 8), np.float32), 1)
