@@ -116,6 +116,24 @@ def test_many_passages_do_not_crowd_out_documents(model, tmp_path):
         assert len(retriever.search("tar packs files", 7).hits) == 7
 
 
+def test_a_gate_reasons_over_undecided_queries_only(retriever):
+    direct = retriever.search_many(TEXTS, 2)
+    leads = [found.hits[0].score - found.hits[1].score for found in direct]
+    gate = sorted(leads)[3]
+    pieces = {}
+    found = retriever.search_many(
+        TEXTS, 2, gate=gate, max_new_tokens=4, on_text=lambda row, piece: pieces.setdefault(row, []).append(piece)
+    )
+    reasoned = retriever.search_many(TEXTS, 2, reason=True, max_new_tokens=4)
+    for number, (one, lead) in enumerate(zip(found, leads, strict=True)):
+        expected = reasoned[number] if lead < gate else direct[number]
+        assert [hit.id for hit in one.hits] == [hit.id for hit in expected.hits]
+        assert (one.reasoned is None) == (lead >= gate)
+        assert (number in pieces) == (lead < gate)
+    with pytest.raises(DataError, match="gate=3"):
+        retriever.search("x", gate=3)
+
+
 def test_an_index_of_another_checkpoint_is_refused_naming_both(retriever, checkpoint):
     other = SearchR3.from_pretrained(checkpoint, prompts=SystemPrompts(embed_system="Other."))
     with pytest.raises(StoreError, match=rf"written by checkpoint {checkpoint} .* but the model is {checkpoint}"):

@@ -215,6 +215,10 @@ def search(
     fuse: Annotated[
         float | None, typer.Option(help="Mix: weight of the reasoned vector beside the direct one.", min=0, max=1)
     ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(help="Reason only where the best direct hit leads the second by less than this.", min=0, max=2),
+    ] = None,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Fuse with BM25 by reciprocal rank.")] = False,
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
@@ -248,6 +252,7 @@ def search(
                 k,
                 reason=reason,
                 fuse=fuse,
+                gate=gate,
                 hybrid=hybrid,
                 max_new_tokens=max_new_tokens,
                 on_text=(lambda _, piece: out.print(Text(piece, style="italic cyan"), end="")) if streaming else None,

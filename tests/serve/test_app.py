@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from search_r3.model.search_r3 import SearchR3
-from search_r3.retriever import Retriever, fuse_vectors
+from search_r3.retriever import Retriever
 from search_r3.serve.app import Served, create_app
 from search_r3.serve.settings import Settings
 
@@ -73,6 +73,12 @@ def test_bodies_that_are_no_json(client: TestClient, body: bytes) -> None:
     assert answer.json()["error"]["message"]
 
 
+def test_a_forgotten_content_type_is_named(client: TestClient) -> None:
+    answer = client.post("/search", content=b'{"query": "a"}')
+    assert answer.status_code == 422
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_search_is_the_retrievers(client: TestClient, retriever: Retriever, model: SearchR3) -> None:
     query = "pack files"
     for body, expected in (
@@ -80,12 +86,14 @@ def test_search_is_the_retrievers(client: TestClient, retriever: Retriever, mode
         ({"reason": True}, retriever.search(query, 3, reason=True)),
         ({"hybrid": True}, retriever.search(query, 3, hybrid=True)),
         ({"fuse": 0.3}, retriever.search(query, 3, fuse=0.3)),
+        ({"gate": 0.0}, retriever.search(query, 3)),
+        ({"gate": 2.0}, retriever.search(query, 3, reason=True)),
+        ({"gate": 2.0, "fuse": 0.3, "hybrid": True}, retriever.search(query, 3, fuse=0.3, hybrid=True)),
     ):
         answer = client.post("/search", json={"query": query, "k": 3, **body}).json()
         assert [hit["id"] for hit in answer["hits"]] == [hit.id for hit in expected.hits]
         np.testing.assert_allclose([h["score"] for h in answer["hits"]], [h.score for h in expected.hits], atol=1e-5)
         assert (answer["reasoning"] is None) == (expected.reasoned is None)
-    assert fuse_vectors  # the weight above is the retriever's own
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

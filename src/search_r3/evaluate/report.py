@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from rich.table import Table
@@ -72,6 +73,10 @@ def markdown(report: dict[str, Any], command: str) -> str:
         f"Costs are in the order {' / '.join(modes)}. `forced` is the share of reasonings that did not end in the",
         "embedding token by themselves. Times are wall times of one run and include reasoning, encoding and search.",
         "",
+    ]
+    lines += [
+        *_gate(report),
+        *_examples(report),
         "## How it was made",
         "",
         "```json",
@@ -79,6 +84,45 @@ def markdown(report: dict[str, Any], command: str) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gate(report: dict[str, Any]) -> list[str]:
+    """When to reason."""
+    if "gate" not in report:
+        return []
+    lines = [
+        "## When to reason",
+        "",
+        "Only the share of queries whose direct search is least decided is reasoned over: those whose best hit leads",
+        "the second by less than the threshold. Means over all queries; `at random`: as many queries drawn blindly.",
+        "",
+        "| share | threshold | tokens/query | nDCG@10 | at random |",
+        "|---|---|---|---|---|",
+    ]
+    for point in report["gate"]["points"]:
+        lines.append(
+            f"| {point['share']:.1f} | {point['threshold']:.4f} | {point['tokens']:.0f} | {point['score']:.4f} | "
+            f"{point['random']:.4f} |"
+        )
+    return [*lines, ""]
+
+
+def _examples(report: dict[str, Any]) -> list[str]:
+    """Where reasoning helped and where it hurt."""
+    lines: list[str] = []
+    for title, rows in report.get("examples", {}).items():
+        lines += [f"## Where reasoning {title} most", ""]
+        for row in rows:
+            said = " ".join(row["reasoning"].split())
+            lines.append(f"- {row['set']}, {row['direct']:.2f} to {row['reason']:.2f}: {_plain(row['query'])}")
+            lines.append(f"  > {_plain(said)}")
+        lines.append("")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for text."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", text)
 
 
 def _bold(values: list[float], template: str) -> list[str]:

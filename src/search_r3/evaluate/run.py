@@ -15,12 +15,13 @@ import numpy as np
 from search_r3.evaluate.baselines import bm25, minilm
 from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
+from search_r3.evaluate.gate import best, curve
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
 from search_r3.files import cache_home
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
 from search_r3.records import Reasoned, Status
-from search_r3.retriever import Retriever, fuse_vectors
+from search_r3.retriever import Retriever, fuse_vectors, margin
 
 Mode = Literal[
     "direct", "reason", "fused", "hybrid", "control-repeat", "control-fixed", "control-other", "bm25", "minilm"
@@ -61,6 +62,8 @@ class CollectionResult:
     """Results in the order asked."""
     reasoned: dict[str, Reasoned]
     """Query id -> reasoning, where a mode needed one."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Query id -> how far the best hit of the direct search leads the second."""
 
 
 def evaluate(
@@ -173,6 +176,9 @@ def _run_model(
     def search(mode: Mode, vectors: np.ndarray, spent: float, tokens: int, words: list[str] | None = None) -> None:
         started = time.perf_counter() - spent
         hits = retriever.search_vectors(vectors, DEPTH, words)
+        if mode == "direct":
+            leads = (margin([hit.score for hit in found]) for found in hits)
+            result.margins = dict(zip(result.queries, leads, strict=True))
         record(mode, [[(hit.id, hit.score) for hit in found] for found in hits], started, tokens)
 
     if "direct" in modes:
@@ -239,7 +245,58 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
         pooled = {m: [v for r in results for v in r.modes[m].scores["nDCG@10"].values()] for m in modes}
         others = [mode for mode in modes if mode != "direct"]
         report["p_versus_direct"] = {mode: paired_p_value(pooled[mode], pooled["direct"]) for mode in others}
+    report["summary"] = _summary(report)
+    if "direct" in modes and "reason" in modes:
+        report["gate"] = _gate(results)
+        report["examples"] = _examples(results)
     return report
+
+
+def _summary(report: dict[str, Any]) -> dict[str, float]:
+    """The figures that decide whether reasoning pays; those whose modes were not asked for are left out."""
+    average = {mode: values["nDCG@10"] for mode, values in report["average"].items()}
+    summary = {f"average_{mode.replace('-', '_')}": value for mode, value in average.items()}
+    if "direct" in average and "reason" in average:
+        summary["reason_minus_direct"] = average["reason"] - average["direct"]
+        summary["p_reason_vs_direct"] = report["p_versus_direct"]["reason"]
+        if controls := [average[mode] for mode in CONTROLS if mode in average]:
+            summary["reason_minus_best_control"] = average["reason"] - max(controls)
+    return summary
+
+
+def _gate(results: Sequence[CollectionResult]) -> dict[str, Any]:
+    """Quality against cost over all queries of all collections, by the direct search's margin."""
+    columns: list[list[float]] = [[], [], [], [], []]
+    for result in results:
+        direct, reason = result.modes["direct"], result.modes["reason"]
+        for name in result.queries:
+            values = (
+                result.margins[name],
+                direct.scores["nDCG@10"][name],
+                reason.scores["nDCG@10"][name],
+                direct.tokens / len(result.queries),
+                reason.tokens / len(result.queries),
+            )
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+    points = curve(*(np.array(column) for column in columns))
+    return {"signal": "margin", "points": points, "best": best(points)}
+
+
+def _examples(results: Sequence[CollectionResult], count: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """The queries where reasoning helped most, and where it hurt most."""
+    rows: list[tuple[float, dict[str, Any]]] = []
+    for result in results:
+        direct, reason = (result.modes[mode].scores["nDCG@10"] for mode in ("direct", "reason"))
+        for name, text in result.queries.items():
+            said = result.reasoned[name].text
+            row = {"set": result.name, "query": text, "reasoning": said, "direct": direct[name], "reason": reason[name]}
+            rows.append((reason[name] - direct[name], row))
+    rows.sort(key=lambda pair: pair[0])
+    return {
+        "helped": [row for gain, row in rows[::-1][:count] if gain > 0],
+        "hurt": [row for gain, row in rows[:count] if gain < 0],
+    }
 
 
 def _mean(parts: Sequence[dict[str, float]]) -> float:

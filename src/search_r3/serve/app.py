@@ -26,7 +26,7 @@ from search_r3 import __version__
 from search_r3.errors import DataError, StoreError
 from search_r3.model.reasoning import control_ids
 from search_r3.records import Document, Hit, Reasoned
-from search_r3.retriever import Retriever, fuse_vectors
+from search_r3.retriever import Retriever, fuse_vectors, margin
 from search_r3.serve.guard import Guard, error_body
 from search_r3.serve.metrics import Metrics
 from search_r3.serve.schemas import (
@@ -221,19 +221,23 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         index = chosen(body.index)
         check([body.query])
         model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
+        where = dict(body.filters) or None
         reasoned: Reasoned | None = None
-        tokens = 0
-        if body.reason or body.fuse is not None:
+        tokens, think = 0, body.reason or body.fuse is not None or body.gate is not None
+        if not think or body.fuse is not None or body.gate is not None:
+            direct, tokens = await worker.embed(model, limits.query, [body.query], keep=True)
+            vectors = direct
+        if body.gate is not None:
+            lead = await worker.call(lambda: index.retriever.search_vectors(direct, 2, where=where)[0])
+            think = margin([hit.score for hit in lead]) < body.gate
+        if think:
             reasoned = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning, on_text)
-            vectors, tokens = reasoned.vector[None], len(reasoned.token_ids)
-        if reasoned is None or body.fuse is not None:
-            direct, read = await worker.embed(model, limits.query, [body.query], keep=True)
-            tokens += read
-            vectors = direct if reasoned is None else fuse_vectors(direct, vectors, float(body.fuse or 0))
+            tokens += len(reasoned.token_ids)
+            vectors = reasoned.vector[None]
+            if body.fuse is not None:
+                vectors = fuse_vectors(direct, vectors, body.fuse)
         words = [body.query] if body.hybrid else None
-        hits = await worker.call(
-            lambda: index.retriever.search_vectors(vectors, body.k, words, dict(body.filters) or None)[0]
-        )
+        hits = await worker.call(lambda: index.retriever.search_vectors(vectors, body.k, words, where)[0])
         shown = await asyncio.to_thread(lambda: [_hit(hit, body.query) for hit in hits])
         return SearchResponse(
             query=body.query,
@@ -379,6 +383,8 @@ def _handle_errors(app: FastAPI) -> None:
             if (part not in _KINDS and str(part).isidentifier()) or isinstance(part, int)
         )
         message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        if first["type"] == "model_attributes_type" and not place:
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
         status = 400 if first["type"] == "json_invalid" else 422
         return JSONResponse(error_body(message, "invalid_request_error"), status)
 

@@ -109,6 +109,8 @@ class SearchRequest(Model):
     """Think before embedding."""
     fuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """Weight of the reasoned vector beside the direct one; implies `reason`."""
+    gate: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    """Reason only where the best direct hit leads the second by less than this; implies `reason`."""
     hybrid: bool = False
     """Fuse with BM25 by reciprocal rank."""
     filters: dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100)]] = Field(

@@ -182,18 +182,18 @@ async function draw() {
     const [cx, cy] = place(spot);
     return shape("circle", { cx, cy, r, class: name }, title);
   };
-  const label = (spot, words) => {
+  const label = (spot, words, below) => {
     const [x, y] = place(spot);
-    const made = shape("text", { x: Math.min(x + 8, 540), y: Math.max(y - 6, 14) });
+    const made = shape("text", { x: Math.min(x + 8, 540), y: below ? Math.min(y + 18, 394) : Math.max(y - 6, 14) });
     made.textContent = words;
     return made;
   };
   const drawn = found.points.map((point) => dot([point.x, point.y], 3, "", point.title || point.id));
   if (found.reasoned) {
     const [x1, y1] = place(found.direct), [x2, y2] = place(found.reasoned);
-    drawn.push(shape("line", { x1, y1, x2, y2, class: "path" }), dot(found.reasoned, 6, "reasoned"), label(found.reasoned, "after reasoning"));
+    drawn.push(shape("line", { x1, y1, x2, y2, class: "path" }), dot(found.reasoned, 6, "reasoned"), label(found.reasoned, "after reasoning", true));
   }
-  drawn.push(dot(found.direct, 6, "asked"), label(found.direct, "direct"));
+  drawn.push(dot(found.direct, 6, "asked"), label(found.direct, "direct", false));
   plot.replaceChildren(plot.querySelector("title"), ...drawn);
   plot.removeAttribute("hidden"); // SVG elements have no property of that name
   byId("map-note").textContent =

@@ -1,0 +1,44 @@
+"""When to reason: what is gained, and what it costs, if only the queries that need it most are reasoned over. (ours)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+STEPS = 10
+
+
+def curve(
+    signal: np.ndarray, direct: np.ndarray, reason: np.ndarray, direct_tokens: np.ndarray, reason_tokens: np.ndarray
+) -> list[dict[str, float]]:
+    """Quality against cost, reasoning over the share of queries whose signal is lowest, from none to all.
+
+    All (Q,), a value a query: the signal, the scores of both ways, their tokens. A query that is reasoned over has been
+    searched directly before: it pays for both. Returns points of `share`, `threshold`, `score`, `tokens` (means a
+    query), and `random`: the score to expect if as many queries were drawn blindly.
+    """
+    order = np.argsort(signal, kind="stable")
+    points = []
+    for step in range(STEPS + 1):
+        count = round(len(order) * step / STEPS)
+        chosen = np.zeros(len(order), dtype=bool)
+        chosen[order[:count]] = True
+        share = count / len(order)
+        points.append(
+            {
+                "share": share,
+                # No limit on the last point, so that it is JSON: a gate of 2 lets every cosine through.
+                "threshold": min(float(signal[order[count]]), 2.0) if count < len(order) else 2.0,
+                "score": float(np.where(chosen, reason, direct).mean()),
+                "random": float(direct.mean() + share * (reason.mean() - direct.mean())),
+                "tokens": float((direct_tokens + chosen * reason_tokens).mean()),
+            }
+        )
+    return points
+
+
+def best(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The point of the highest score; of equals, the cheapest."""
+    return max(points, key=lambda point: (round(point["score"], 6), -point["tokens"]))

@@ -1,0 +1,26 @@
+import numpy as np
+import pytest
+
+from search_r3.evaluate.gate import best, curve
+
+
+def test_the_curve_reasons_over_the_least_decided_first():
+    signal = np.array([0.5, 0.1, 0.3, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+    direct = np.full(10, 0.5)
+    reason = np.where(signal < 0.35, 1.0, 0.0)  # helps the three least decided, hurts the others
+    points = curve(signal, direct, reason, np.full(10, 10.0), np.full(10, 50.0))
+    assert [point["share"] for point in points] == pytest.approx([n / 10 for n in range(11)])
+    assert [round(point["score"], 2) for point in points[:5]] == [0.5, 0.55, 0.6, 0.65, 0.6]
+    assert points[-1]["score"] == pytest.approx(reason.mean())
+    assert [point["tokens"] for point in points[:3]] == [10, 15, 20]
+    assert points[5]["random"] == pytest.approx(0.4)
+    chosen = best(points)
+    assert (chosen["share"], chosen["threshold"]) == (pytest.approx(0.3), 0.4)
+    assert (signal < chosen["threshold"]).sum() == 3
+
+
+def test_where_reasoning_never_helps_the_best_is_not_to():
+    signal = np.array([0.1, np.inf, 0.3])
+    points = curve(signal, np.ones(3), np.ones(3), np.ones(3), np.ones(3))
+    assert best(points)["share"] == 0
+    assert max(point["threshold"] for point in points) == 2
