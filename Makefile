@@ -4,7 +4,7 @@ DEMO_ENV ?= .venv
 TEST_ENV ?= .venv-test
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(DEMO_ENV)/.ready  ## a real model thinks, embeds and searches
 	$(DEMO_ENV)/bin/search-r3 demo
@@ -27,5 +27,9 @@ $(TEST_ENV)/.ready: pyproject.toml constraints.txt
 	$(TEST_ENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
+docs: $(TEST_ENV)/.ready  ## the documentation as a site, in site/
+	$(TEST_ENV)/bin/python $(PIP_INSTALL) -e '.[docs]'
+	$(TEST_ENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(DEMO_ENV) $(TEST_ENV)
+	rm -rf $(DEMO_ENV) $(TEST_ENV) site
