@@ -201,6 +201,25 @@ def test_large_bodies_and_full_queues_are_refused(retriever: Retriever) -> None:
         assert client.post("/v1/embeddings", json={"input": ["a"] * 3}).status_code == 200
 
 
+def test_bodies_in_progress_are_bounded_together(retriever: Retriever) -> None:
+    app = create_app([Served("manual", retriever)], Settings(held_bytes=500))
+    with TestClient(app) as client:
+        for _ in range(3):  # what has been answered is no longer counted
+            assert client.post("/search", json={"query": "a " * 100}).status_code == 200
+        refused = client.post("/search", json={"query": "a " * 300})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+
+
+def test_a_million_wrong_things_are_one_error(client: TestClient) -> None:
+    for path, body in (
+        ("/v1/embeddings", b'{"input": [' + b"null," * 1_000_000 + b"null]}"),
+        ("/documents", b'{"documents": [' + b"{}," * 1_000_000 + b"{}]}"),
+    ):
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 422
+        assert len(answer.content) < 1000
+
+
 def test_slow_answers_are_given_up(retriever: Retriever) -> None:
     app = create_app([Served("manual", retriever)], Settings(timeout=0.3))
     with TestClient(app) as client:

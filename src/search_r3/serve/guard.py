@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+from collections.abc import Callable
 from typing import Any
 
 from search_r3.serve.settings import Settings
@@ -41,6 +42,7 @@ class Guard:
 
     def __init__(self, app: Any, settings: Settings):
         self.app, self.settings = app, settings
+        self._held = 0  # bytes of bodies in progress
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request, or refuse it."""
@@ -61,13 +63,18 @@ class Guard:
             async with asyncio.timeout(self.settings.timeout):  # a client that never reads holds nothing for long
                 await send(message)
 
+        parts: list[bytes] = []
         try:
             headers = dict(scope["headers"])
             self._check_key(scope, headers)
-            body = await self._body(headers, receive)
+            await self._read(headers, receive, parts)
+            await self._serve(scope, receive, sending, b"".join(parts), lambda: started)
         except _Refused as refused:
             await _answer(sending, refused)
-            return
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _serve(self, scope: Any, receive: Any, sending: Any, body: bytes, started: Callable[[], bool]) -> None:
         gone = asyncio.Event()
         given = False
 
@@ -92,11 +99,10 @@ class Guard:
                 done, _ = await asyncio.wait({answer, watch}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
                 if watch in done and not answer.done():
                     return  # nobody is there to hear the answer
-                if not done and not started:
+                if not done and not started():
                     await _cancel(answer)
                     late = f"no answer within {self.settings.timeout:g} s; send less at once, or try again later"
-                    await _answer(sending, _Refused(504, late))
-                    return
+                    raise _Refused(504, late)
                 limit = None  # what streams is bounded by the worker's deadline and the reader's
             await answer
         except TimeoutError:
@@ -116,28 +122,28 @@ class Guard:
                 401, "this server asks for a key: send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             )
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes:
+    async def _read(self, headers: dict[bytes, bytes], receive: Any, parts: list[bytes]) -> None:
+        """Read the body into `parts`, counted among what is held."""
         limit = self.settings.body_bytes
         too_large = _Refused(413, f"the body is larger than {limit} bytes; send it in parts")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > limit:
             raise too_large
-        parts, size = [], 0
+        size, more = 0, True
         try:
             async with asyncio.timeout(self.settings.timeout):
-                while True:
+                while more:
                     message = await receive()
-                    if message["type"] == "http.disconnect":
-                        break
+                    more = bool(message.get("more_body")) and message["type"] != "http.disconnect"
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self._held += len(parts[-1])
                     if size > limit:
                         raise too_large
-                    if not message.get("more_body"):
-                        break
+                    if self._held > self.settings.held_bytes:
+                        raise _Refused(429, "too much is being sent; try again in a second")
         except TimeoutError:
             raise _Refused(408, f"the body did not come within {self.settings.timeout:g} s") from None
-        return b"".join(parts)
 
 
 async def _answer(send: Any, refused: _Refused) -> None:
@@ -145,6 +151,8 @@ async def _answer(send: Any, refused: _Refused) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 429:
+        headers.append((b"retry-after", b"1"))
     if refused.status in (408, 413):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})

@@ -38,7 +38,9 @@ Scalar = (
     | Annotated[int, Field(ge=-(2**63), lt=2**63)]
     | Annotated[float, Field(allow_inf_nan=False)]
 )
-Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+# fail_fast: a list of a million wrong things is one error, not a million.
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1, fail_fast=True)]
 
 
 class Model(BaseModel):
@@ -54,12 +56,7 @@ class EmbeddingRequest(BaseModel):
         json_schema_extra={"examples": [{"input": ["many files into one"], "model": "default", "input_type": "query"}]}
     )
 
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-    )
+    input: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     """A text, texts, the tokens of a text (this model's), or of texts."""
     model: Annotated[str, AfterValidator(_encodable)] | None = None
     """Name of an index; a name that is none means the first."""
@@ -172,7 +169,7 @@ class DocumentIn(Model):
 class DocumentsRequest(Model):
     """Documents to be added; those with a known id are replaced."""
 
-    documents: list[DocumentIn] = Field(min_length=1)
+    documents: Annotated[list[DocumentIn], Field(min_length=1, fail_fast=True)]
     index: Annotated[str, AfterValidator(_encodable)] | None = None
 
 

@@ -23,6 +23,8 @@ class Settings:
     """Most queries that are reasoned over together."""
     body_bytes: int = 8 << 20
     """Larger bodies are refused (413)."""
+    held_bytes: int = 256 << 20
+    """Bodies of all requests in progress together; more are refused (429)."""
     text_chars: int = 200_000
     """Longer texts are refused (413)."""
     texts: int = 2048
