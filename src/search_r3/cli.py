@@ -10,7 +10,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +44,7 @@ from search_r3.cli_train import bootstrap, mine, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
+    from search_r3.model.search_r3 import SearchR3
     from search_r3.records import Hit
     from search_r3.retriever import Found
 
@@ -52,6 +55,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models that think, then embed: search your documents, measure and train such models.",
 )
+
+
+class Engine(StrEnum):
+    """Who encodes."""
+
+    local = "local"
+    ray = "ray"
 
 
 def main() -> None:
@@ -141,6 +151,12 @@ def index(
     delete_missing: Annotated[
         bool, typer.Option("--delete-missing", help="Remove documents that the corpus no longer has.")
     ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: encode by many workers, on the Ray cluster that RAY_ADDRESS names or here.")
+    ] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(help="With --engine ray; default: one a GPU, or one a core.", min=1)
+    ] = None,
     prompt_file: PromptFile = None,
     embed_token: EmbedToken = None,
     json_: Json = False,
@@ -189,9 +205,11 @@ def index(
 
     with (
         Retriever.open_or_create(folder, model, splitting=splitting, dtype=dtype) as retriever,  # type: ignore[arg-type]
+        _encoder(engine, model, workers, precision, device) as encode,
         interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
     ):
-        report = asdict(retriever.add(watched() if delete_missing else stream(), progress=None))
+        given = watched() if delete_missing else stream()
+        report = asdict(retriever.add(given, batch=1024 if encode else None, encode=encode, progress=None))
         if delete_missing and bad:
             err.print("[yellow]nothing was deleted:[/yellow] records were skipped, so what is missing is not known")
         elif delete_missing:
@@ -202,6 +220,20 @@ def index(
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
         out.print(f"Search it with: search-r3 search {escape(str(folder))}")
+
+
+def _encoder(
+    engine: Engine, model: SearchR3, workers: int | None, precision: Precision, device: str | None
+) -> AbstractContextManager[Any]:
+    if engine is Engine.local:
+        return nullcontext()
+    from search_r3.distributed import RayEncoder
+
+    encoder = RayEncoder(model.source, workers=workers, dtype=precision.value, device=device, dims=model.dimension)
+    if encoder.fingerprint != model.fingerprint:
+        encoder.close()
+        raise DataError("--engine ray: the workers' model is another one; give a checkpoint folder, without --prompts")
+    return encoder
 
 
 @app.command()

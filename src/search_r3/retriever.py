@@ -26,6 +26,8 @@ from search_r3.records import Document, Hit, Reasoned
 
 IndexKind = Literal["exact", "graph"] | Callable[[Store], Index]
 """Or what makes an index of a store's present content, such as `remote.RemoteIndex`."""
+Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
+"""From turns of the embed act (`Engine.tails`) to (N, D) float32 vectors."""
 FUSION_DEPTH = 100  # documents of each ranking that take part in reciprocal rank fusion
 
 
@@ -153,12 +155,20 @@ class Retriever:
         """Release the index folder."""
         self.store.close()
 
-    def add(self, documents: Iterable[Document], *, batch: int | None = None, progress: bool | None = False) -> Added:
+    def add(
+        self,
+        documents: Iterable[Document],
+        *,
+        batch: int | None = None,
+        encode: Encode | None = None,
+        progress: bool | None = False,
+    ) -> Added:
         """Encode and store documents; known ids are replaced, unchanged documents are skipped.
 
         Reads and commits `batch` documents at a time: memory does not grow with the text, and whatever ends this call
         (an error in the data, Ctrl-C, a kill) keeps all batches before it. Default: 32 on a CPU, where they take some
-        seconds, 1024 elsewhere. Raises DataError for an empty document.
+        seconds, 1024 elsewhere. encode: embeds in place of our own engine, such as `distributed.RayEncoder`. Raises
+        DataError for an empty document.
         """
         batch = batch or (32 if self.model.engine.device.type == "cpu" else 1024)
         report = Added()
@@ -171,7 +181,7 @@ class Retriever:
                 new = [document for document in latest if known.get(document.id) != content_hash(document)]
                 fresh = {document.id for document in new}
                 self.store.touch([document for document in latest if document.id not in fresh])
-                tokens = self._encode(new)
+                tokens = self._encode(new, encode)
                 report.updated += sum(document.id in known for document in new)
                 report.added += sum(document.id not in known for document in new)
                 report.unchanged += len(latest) - len(new)
@@ -184,7 +194,7 @@ class Retriever:
                 self.store.compact()
         return report
 
-    def _encode(self, documents: Sequence[Document]) -> int:
+    def _encode(self, documents: Sequence[Document], encode: Encode | None) -> int:
         """Split, embed and store; returns the number of tokens encoded."""
         if not documents:
             return 0
@@ -197,7 +207,8 @@ class Retriever:
                 ranges.append((number, start, end))
                 texts.append(Passage(document, start, end).content)
         tails = self.model.engine.tails(texts, "embed", self.store.manifest.max_tokens)
-        self.store.put(documents, ranges, self.model.engine.encode(tails, "embed"))
+        vectors = encode(tails) if encode else self.model.engine.encode(tails, "embed")
+        self.store.put(documents, ranges, vectors)
         return sum(map(len, tails))
 
     def delete(self, ids: Sequence[str]) -> int:
