@@ -1,8 +1,8 @@
 """Ablations of reinforcement: short runs that differ in one setting, from one policy, on one set, in one table.
 
 Differences between rewards and terms are of a few steps and one seed: they tell costs and tendencies, not winners. The
-environment's rows also tell how wrong its rewards were at the end (audit against the exact index) and what following the
-model cost.
+environment's rows also tell how wrong its rewards were at the end (audit against the exact index) and what it cost to
+follow the model.
 
     python benchmarks/ablations_rl.py --data data --model runs/think/model --json
 """
@@ -47,7 +47,8 @@ def main() -> None:
     args = arguments(
         __doc__, data=("data", "folder of the data sets"), model=("runs/think/model", "policy to begin with"),
         recipe=("recipes/smollm2-135m-rl-cpu.yaml", "recipe"), set=("tldr", "training set"),
-        documents=(250, "of its corpus"), steps=(6, "of each run"), only=("", "comma-separated parts of the runs' names"),
+        documents=(250, "of its corpus"), steps=(6, "of each run"),
+        only=("", "comma-separated parts of the runs' names"),
     )  # fmt: skip
     table: dict[str, dict[str, float | None]] = {}
     wanted = [part for part in args.only.split(",") if part]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, latest
+from search_r3.train.run import METRICS, DevTest, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 
@@ -89,6 +89,21 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert {"info_nce", "triplet", "sft", "kl", "anisotropy", "uniformity", "tokens_per_s"} <= logged[0].keys()
     assert [line["step"] for line in lines if "dev_ndcg10" in line] == [0, 3, 6]
+
+
+def test_the_last_dev_test_is_of_the_model_that_is_saved(recipe, root, tmp_path):
+    dev = recipe.dev.model_copy(update={"sets": ["train"], "every": 100, "reason": 4})
+    recipe = recipe.model_copy(update={"dev": dev, "learning_rate": 0.1, "steps": 3})
+    train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    records = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    first, last = (record for record in records if "dev_ndcg10" in record)
+    saved = SearchR3.from_pretrained(tmp_path / "run" / "model")
+    again = DevTest(saved.engine, dev, root)
+    figures = {}
+    again.log = figures.update
+    again._run()
+    assert figures == {name: pytest.approx(last[name], abs=1e-6) for name in figures}
+    assert first["dev_ndcg10"] != last["dev_ndcg10"]
 
 
 def test_training_learns(recipe, root, tmp_path):

@@ -138,11 +138,15 @@ class Engine:
         """`embedding.embed` with this model's token and width: (B, T, H), (B, T) -> (B, D)."""
         return embed(last_hidden_state, input_ids, self.embed_token_id, self.dimension)
 
+    def forget(self) -> None:
+        """Compute the prompts' keys and values anew when they are needed next."""
+        self._prefixes.clear()
+
     def prefix(self, act: ActName) -> Prefix:
         """Keys and values of the act's constant prefix under the current weights.
 
-        PyTorch counts in-place writes to each parameter; when the count has moved (an optimiser step, loaded weights),
-        the prefix is computed anew.
+        PyTorch counts in-place writes to each parameter; when the count has moved (loaded weights, most optimisers), the
+        prefix is computed anew. Fused optimisers write uncounted: call `forget` after them.
         """
         version = sum(parameter._version for parameter in self.model.parameters())
         cached = self._prefixes.get(act)

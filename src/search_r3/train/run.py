@@ -163,6 +163,7 @@ class DevTest(TrainerCallback):
         if not self.sets:
             return
         self.before()
+        self.engine.forget()  # the optimiser may be fused
         was = self.engine.model.training
         self.engine.model.eval()
         scored = {found.name: self._score(found) for found in self.sets}
