@@ -20,3 +20,18 @@ def test_no_match_shows_the_beginning():
     shown, ranges = snippet("word " * 100, "other", width=20)
     assert shown.startswith("word word")
     assert ranges == []
+
+
+def test_text_without_spaces_is_not_cut_to_nothing():
+    shown, _ = snippet("中文文档" * 100, "query", 240)
+    assert len(shown) == 240
+
+
+def test_long_queries_and_repeated_words_take_no_time():
+    import time
+
+    started = time.perf_counter()
+    shown, ranges = snippet("word other " * 2000, "word " + " ".join(f"w{n}" for n in range(20_000)))
+    assert time.perf_counter() - started < 2
+    assert len(ranges) > 10
+    assert all(shown[a:b] == "word" for a, b in ranges)

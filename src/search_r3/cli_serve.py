@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +43,13 @@ def serve(
     origin: Annotated[
         list[str] | None, typer.Option(help="Web origin whose pages may call (CORS); may be given again.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name that the server may be called by; may be given again. Default: any, but on this "
+            "machine's own addresses without a key only localhost."
+        ),
+    ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log requests; their paths hold users' ids.")
     ] = False,
@@ -65,26 +74,29 @@ def serve(
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise DataError(f"two indexes have the name {max(names, key=names.count)!r}; rename a folder")
+    local = host in ("127.0.0.1", "localhost", "::1")
+    key = os.environ.get("SEARCH_R3_API_KEY") or None
     settings = Settings(
-        api_key=os.environ.get("SEARCH_R3_API_KEY") or None,
+        api_key=key,
         timeout=timeout,
         queue=queue,
         body_bytes=max_body,
         texts=max_texts,
         cache=cache,
+        hosts=tuple(allow_host or (("localhost", "127.0.0.1", "[::1]") if local and key is None else ())),
         origins=tuple(origin or ()),
     )
-    if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
-    for folder in folders:
-        Store.open(folder, verify=False).close()  # a folder that is no index fails before a model is loaded
-    models: dict[tuple[str, int], SearchR3] = {}
+    manifests = []
+    for folder in folders:  # a folder that is no index fails before a model is loaded
+        with Store.open(folder, verify=False) as store:
+            manifests.append(store.manifest)
+    models: dict[tuple[str, str, int], SearchR3] = {}
     with ExitStack() as stack:
         served = []
-        for name, folder in zip(names, folders, strict=True):
-            with Store.open(folder, verify=False) as store:
-                stored = store.manifest
-            space = stored.fingerprint, stored.dimension
+        for name, folder, stored in zip(names, folders, manifests, strict=True):
+            space = stored.checkpoint, stored.fingerprint, stored.dimension
             if space not in models:
                 models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
             retriever = stack.enter_context(Retriever.open(folder, models[space], index_kind(kind, qdrant)))
@@ -99,11 +111,19 @@ def serve(
             server_header=False,
         )
 
+        if access_log:
+            logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+        listening = config.bind_socket()
+        if hasattr(
+            socket, "TCP_USER_TIMEOUT"
+        ):  # a client that does not read is cut off, and what it did not read freed
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
+
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[Any] | None = None) -> None:
                 await super().startup(sockets)
                 if self.started:
-                    address, bound = self.servers[0].sockets[0].getsockname()[:2]
+                    address, bound = listening.getsockname()[:2]
                     shown = f"[{address}]" if ":" in address else address
                     what = escape(", ".join(names))
                     err.print(f"serving {what} on http://{shown}:{bound}/ (API: /docs). Ctrl-C ends.")
@@ -111,4 +131,4 @@ def serve(
         # Uvicorn ends gracefully on a signal, then raises it once more: that must not cut short what is left to close.
         signal.signal(signal.SIGTERM, lambda *_: None)
         with suppress(KeyboardInterrupt):
-            Server(config).run()
+            Server(config).run([listening])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +43,20 @@ class Added:
     """Known ids with other content."""
     unchanged: int = 0
     """Known ids with the same content: not encoded again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Documents between reading and storing."""
+
+    documents: list[Document]
+    """New and changed ones."""
+    ranges: list[tuple[int, int, int]]
+    """Their passages: number in `documents`, first character, one past the last."""
+    tails: list[list[int]]
+    """The passages as turns of the embed act."""
+    report: Added
+    """What becomes of all that were given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,15 +192,13 @@ class Retriever:
         with self.store.writing(), Meter("index", None, "documents", progress) as meter:
             while True:
                 chunk, failure = _take(stream, batch)
-                latest = list({document.id: document for document in chunk}.values())
-                known = self.store.hashes([document.id for document in latest])
-                new = [document for document in latest if known.get(document.id) != content_hash(document)]
-                fresh = {document.id for document in new}
-                self.store.touch([document for document in latest if document.id not in fresh])
-                tokens = self._encode(new, encode)
-                report.updated += sum(document.id in known for document in new)
-                report.added += sum(document.id not in known for document in new)
-                report.unchanged += len(latest) - len(new)
+                plan = self.plan(chunk)
+                if plan.documents:
+                    self.commit(plan, (encode or self._encode)(plan.tails))
+                tokens = sum(map(len, plan.tails))
+                report.added += plan.report.added
+                report.updated += plan.report.updated
+                report.unchanged += plan.report.unchanged
                 meter.advance(len(chunk), tokens)
                 if failure is not None:
                     raise failure
@@ -194,22 +208,34 @@ class Retriever:
                 self.store.compact()
         return report
 
-    def _encode(self, documents: Sequence[Document], encode: Encode | None) -> int:
-        """Split, embed and store; returns the number of tokens encoded."""
-        if not documents:
-            return 0
+    def plan(self, documents: Sequence[Document]) -> Plan:
+        """What is to be encoded of these documents; of several with one id the last counts. Updates metadata.
+
+        Raises DataError for an empty document.
+        """
+        latest = list({document.id: document for document in documents}.values())
+        known = self.store.hashes([document.id for document in latest])
+        new = [document for document in latest if known.get(document.id) != content_hash(document)]
+        fresh = {document.id for document in new}
+        self.store.touch([document for document in latest if document.id not in fresh])
+        updated = sum(document.id in known for document in new)
         ranges: list[tuple[int, int, int]] = []
         texts: list[str] = []
-        for number, document in enumerate(documents):
+        for number, document in enumerate(new):
             if not document.content.strip():
                 raise DataError(f"document {document.id!r} is empty; remove it or fill it")
             for start, end in split(document, self.model.engine.tokenizer, self.store.manifest.splitting):
                 ranges.append((number, start, end))
                 texts.append(Passage(document, start, end).content)
         tails = self.model.engine.tails(texts, "embed", self.store.manifest.max_tokens)
-        vectors = encode(tails) if encode else self.model.engine.encode(tails, "embed")
-        self.store.put(documents, ranges, vectors)
-        return sum(map(len, tails))
+        return Plan(new, ranges, tails, Added(len(new) - updated, updated, len(latest) - len(new)))
+
+    def commit(self, plan: Plan, vectors: np.ndarray) -> None:
+        """Store what was planned, in one step. vectors: (len(plan.tails), D) float32."""
+        self.store.put(plan.documents, plan.ranges, vectors)
+
+    def _encode(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
+        return self.model.engine.encode(tails, "embed")
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove documents; unknown ids are ignored. Returns how many were removed."""
@@ -233,9 +259,10 @@ class Retriever:
         if path.exists():
             return GraphIndex.load(path, store.vectors, store.alive)
         graph = GraphIndex.build(store.vectors, store.alive)
-        temporary = path.with_name(f".{path.name}")
-        graph.save(temporary)
-        temporary.replace(path)
+        with suppress(OSError):  # a copy for the next start: search goes on without it
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            graph.save(temporary)
+            temporary.replace(path)
         return graph
 
     def lexical(self) -> LexicalIndex:
@@ -247,7 +274,7 @@ class Retriever:
             else:
                 texts = {row: passage.content for row, passage in self.store.scan()}
                 lexical = LexicalIndex.build(list(texts.values()), list(texts))
-                with new_folder(path) as temporary:
+                with suppress(OSError), new_folder(path) as temporary:  # as for the graph
                     lexical.save(temporary)
             self._lexical = (self.store.generation, lexical)
         return self._lexical[1]
@@ -342,9 +369,7 @@ class Retriever:
 
         where: see `search_many`; a filtered search is exact, whatever the index.
         """
-        while True:
-            if self.store.moved():
-                self.store.refresh()
+        with self.store.reading():
             depth = max(k, FUSION_DEPTH) if texts is not None else k
             allowed = self.store.matching(where) if where else None
             scores, rows = self._rank(vectors, depth, allowed)
@@ -366,21 +391,19 @@ class Retriever:
                         for rank, (name, (score, passage)) in enumerate(islice(ranking.items(), k), 1)
                     ]
                 )
-            if not self.store.moved():  # otherwise another process changed the rows while we read them
-                return hits
+            return hits
 
     def plane(self, limit: int = 1000) -> tuple[Plane, list[Passage], np.ndarray]:
         """The plane in which the stored vectors differ most, passages evenly chosen, and their places, (N, 2)."""
         store = self.store
-        if store.moved():
-            store.refresh()
-        if self._plane is None or self._plane[0] != (store.generation, limit):
-            rows = np.flatnonzero(store.alive)
-            if len(rows) > limit:
-                rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
-            vectors = np.asarray(store.vectors[rows], dtype=np.float32)
-            plane = Plane.fit(vectors)
-            self._plane = (store.generation, limit), (plane, store.get(rows.tolist()), plane(vectors))
+        with store.reading():
+            if self._plane is None or self._plane[0] != (store.generation, limit):
+                rows = np.flatnonzero(store.alive)
+                if len(rows) > limit:
+                    rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+                vectors = np.asarray(store.vectors[rows], dtype=np.float32)
+                plane = Plane.fit(vectors)
+                self._plane = (store.generation, limit), (plane, store.get(rows.tolist()), plane(vectors))
         return self._plane[1]
 
     def _rank(self, vectors: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
+MATCHES = 200  # words that are looked at and marked
+_SHORTEST = 4  # letters that make an opening
 _WORD = re.compile(r"\w+")
 
 
@@ -13,7 +16,8 @@ def snippet(text: str, query: str, width: int = 240) -> tuple[str, list[tuple[in
     Words match by their beginning (at least four letters, or whole), so that `files` finds `file`.
     """
     wanted = {word for word in _words(query) if len(word) > 2}
-    matches = [m for m in _WORD.finditer(text) if any(_alike(m.group().lower(), word) for word in wanted)]
+    openings = {word[:end] for word in wanted for end in range(_SHORTEST, len(word))}
+    matches = list(islice((m for m in _WORD.finditer(text) if _alike(m.group().lower(), wanted, openings)), MATCHES))
     start = 0
     if matches and matches[-1].end() > width:
         best = max(
@@ -23,8 +27,8 @@ def snippet(text: str, query: str, width: int = 240) -> tuple[str, list[tuple[in
         if start:
             start = text.rfind(" ", 0, start) + 1
     end = min(len(text), start + width)
-    if end < len(text):
-        end = max(text.rfind(" ", start, end), start + 1)
+    if end < len(text) and (space := text.rfind(" ", start, end)) > start:  # some scripts have no spaces
+        end = space
     shown = text[start:end]
     ranges = [(m.start() - start, m.end() - start) for m in matches if start <= m.start() and m.end() <= end]
     return shown, ranges
@@ -34,6 +38,8 @@ def _words(text: str) -> list[str]:
     return [match.group().lower() for match in _WORD.finditer(text)]
 
 
-def _alike(word: str, wanted: str) -> bool:
-    short, long = sorted((word, wanted), key=len)
-    return word == wanted or (len(short) >= 4 and long.startswith(short))
+def _alike(word: str, wanted: set[str], openings: set[str]) -> bool:
+    """Whether a word is wanted, opens one that is (`openings`), or is opened by one."""
+    if word in wanted or word in openings:
+        return True
+    return any(word[:end] in wanted for end in range(_SHORTEST, len(word)))

@@ -64,8 +64,8 @@ def test_it_follows_the_store(store, quantise):
 def test_only_what_is_new_is_sent(store, monkeypatch):
     client = connect(":memory:")
     RemoteIndex(client, "mine", store)
-    sent = []
-    monkeypatch.setattr(RemoteIndex, "_upsert", lambda self, rows: sent.extend(rows.tolist()))
+    sent, upsert = [], RemoteIndex._upsert
+    monkeypatch.setattr(RemoteIndex, "_upsert", lambda self, rows: (sent.extend(rows.tolist()), upsert(self, rows)))
     RemoteIndex(client, "mine", store)
     assert sent == []
     put(store, range(1000, 1010))
@@ -73,7 +73,22 @@ def test_only_what_is_new_is_sent(store, monkeypatch):
     assert sent == list(range(600, 610))
 
 
-@pytest.mark.parametrize("where", [{"even": True}, {"third": [0, 2], "even": False}, {"a.b": "k3"}, {"third": 7}])
+def test_a_copy_that_was_cut_short_is_made_again(store):
+    client = connect(":memory:")
+    remote = RemoteIndex(client, "mine", store)
+    state = remote._state.read_text()
+    put(store, range(700, 720))
+    RemoteIndex(client, "mine", store)
+    remote._state.write_text(state)  # as if killed before it was written
+    store.delete(["d705"])
+    again = RemoteIndex(client, "mine", store)
+    assert len(again) == store.passages
+    same(store, again)
+
+
+@pytest.mark.parametrize(
+    "where", [{"even": True}, {"third": [0, 2], "even": False}, {"a.b": "k3"}, {"third": 7}, {"third": 2.0}]
+)
 def test_filters(store, where):
     same(store, RemoteIndex(connect(":memory:"), "mine", store), where=where)
 

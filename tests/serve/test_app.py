@@ -16,6 +16,10 @@ from search_r3.serve.app import Served, create_app
 from search_r3.serve.settings import Settings
 
 
+def deep(levels: int) -> Any:
+    return {"x": deep(levels - 1)} if levels else 1
+
+
 def vectors(response: Any) -> np.ndarray:
     assert response.status_code == 200, response.text
     return np.array([row["embedding"] for row in response.json()["data"]], np.float32)
@@ -29,7 +33,6 @@ def test_embeddings_are_the_models(client: TestClient, model: SearchR3) -> None:
     np.testing.assert_allclose(one, model.encode_queries(texts[:1]), atol=1e-6)
     thought = client.post("/v1/embeddings", json={"input": texts, "reason": True})
     np.testing.assert_allclose(vectors(thought), model.encode_queries(texts, reason=True), atol=1e-5)
-    assert thought.json()["usage"]["total_tokens"] > thought.json()["usage"]["prompt_tokens"]
 
 
 def test_token_input_base64_and_dimensions(client: TestClient, model: SearchR3) -> None:
@@ -163,6 +166,9 @@ def test_documents_are_added_replaced_and_removed(client: TestClient, retriever:
         ("/documents", {"documents": [{"id": "", "text": "a"}]}, 422),
         ("/documents", {"documents": [{"id": "a", "text": " "}]}, 422),
         ("/documents", {"documents": [{"id": "a", "text": "a", "metadata": {"x": float("nan")}}]}, 422),
+        ("/documents", {"documents": [{"id": "a", "text": "a", "metadata": deep(40)}]}, 422),
+        ("/search", {"query": "a"} | {f"x{n}": 1 for n in range(100)}, 422),
+        ("/search", {"query": "a", "filters": {f"x{n}": 1 for n in range(17)}}, 422),
         ("/map", {"query": ""}, 422),
         ("/nothing", {}, 404),
     ],
@@ -213,6 +219,9 @@ def test_bodies_in_progress_are_bounded_together(retriever: Retriever) -> None:
 def test_a_million_wrong_things_are_one_error(client: TestClient) -> None:
     for path, body in (
         ("/v1/embeddings", b'{"input": [' + b"null," * 1_000_000 + b"null]}"),
+        ("/search", b'{"query": "a", "filters": {' + b",".join(b'"%d": {}' % n for n in range(300_000)) + b"}}"),
+        ("/search", b'{"query": "a", "filters": {"a": [' + b"{}," * 1_000_000 + b"{}]}}"),
+        ("/search", b'{"query": "a", ' + b",".join(b'"%d": 1' % n for n in range(300_000)) + b"}"),
         ("/documents", b'{"documents": [' + b"{}," * 1_000_000 + b"{}]}"),
     ):
         answer = client.post(path, content=body, headers={"content-type": "application/json"})
@@ -275,6 +284,37 @@ def test_page_is_self_contained(client: TestClient) -> None:
         assert "https://" not in text
         assert "innerHTML" not in text
     assert client.get("/page/..%2fapp.py").status_code == 404
+
+
+def test_a_server_on_this_machine_answers_to_its_own_names_only(retriever: Retriever) -> None:
+    app = create_app([Served("manual", retriever)], Settings(hosts=("localhost",)))
+    with TestClient(app) as client:
+        assert client.get("/health", headers={"host": "localhost:8000"}).status_code == 200
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_an_unexpected_error_is_counted_and_says_nothing(
+    client: TestClient, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(retriever, "search_vectors", fail)
+    answer = client.post("/search", json={"query": "a"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert 'route="/search",status="500"' in client.get("/metrics").text
+
+
+def test_usage_counts_the_query_in_every_mode(client: TestClient, model: SearchR3) -> None:
+    read = len(model.engine.plain_ids(["pack files"])[0])
+    direct = client.post("/search", json={"query": "pack files"}).json()
+    reasoned = client.post("/search", json={"query": "pack files", "reason": True}).json()
+    assert direct["tokens"] == read
+    assert reasoned["tokens"] == read + reasoned["reasoning"]["tokens"]
+    usage = client.post("/v1/embeddings", json={"input": "pack files", "reason": True}).json()["usage"]
+    assert usage == {"prompt_tokens": read, "total_tokens": reasoned["tokens"]}
 
 
 def test_several_indexes(model: SearchR3, retriever: Retriever, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
         process.stderr.close()
 
 
+def read_all(connection: socket.socket) -> None:
+    while connection.recv(1 << 20):
+        pass
+
+
 @pytest.fixture
 def folder(model: SearchR3, tmp_path: Path) -> Path:
     with Retriever.create(tmp_path / "manual", model) as made:
@@ -96,11 +101,11 @@ def test_a_thousand_clients_and_one_that_never_reads(folder: Path) -> None:
         host, port = url.removeprefix("http://").split(":")
         deaf = socket.create_connection((host, int(port)))
         body = json.dumps({"query": "files", "reason": True, "max_new_tokens": 1024}).encode()
-        head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+        head = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
         deaf.sendall(head.format("/search/stream", len(body)).encode() + body)
         halted = socket.create_connection((host, int(port)))  # sends half a request and waits
         halted.sendall(
-            b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+            b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
         )
 
         async def crowd() -> list[int]:
@@ -112,6 +117,22 @@ def test_a_thousand_clients_and_one_that_never_reads(folder: Path) -> None:
         assert asyncio.run(crowd()) == [200] * 1000
         deaf.close()
         halted.close()
+        assert httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_a_client_that_does_not_read_is_cut_off(folder: Path) -> None:
+    with serving(folder, "--timeout", "2") as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        body = json.dumps({"input": ["a"] * 2000}).encode()
+        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        deaf.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(12)
+        with pytest.raises(ConnectionResetError):
+            read_all(deaf)
+        deaf.close()
         assert httpx.get(f"{url}/ready").status_code == 200
 
 

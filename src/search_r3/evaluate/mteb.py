@@ -191,11 +191,12 @@ def run(
                 MtebEncoder(model, reason=reason),
                 task,
                 cache=ResultCache(cache_path=output),
+                overwrite_strategy="always",  # a result of other settings or data is none of this run's
                 show_progress_bar=False,
                 co2_tracker=False,
             )
         except (OSError, ConnectionError) as error:
-            reason_ = str(error).strip().splitlines()[0]
+            reason_ = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"--mteb {task.metadata.name}: its data cannot be fetched ({reason_})") from error
         scores[task.metadata.name] = float(result.task_results[0].get_score())
     return scores

@@ -29,6 +29,8 @@ def connect(url: str) -> Any:
         from qdrant_client import QdrantClient
     except ImportError:
         raise StoreError("a Qdrant index needs the 'qdrant' extra: pip install 'search-r3[qdrant]'") from None
+    if re.fullmatch(r"[\w.-]+:\d+", url):
+        raise StoreError(f"{url}: write http://{url}, or https://")
     try:
         if url == ":memory:" or "://" not in url:
             return QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)
@@ -69,7 +71,10 @@ class RemoteIndex:
     def search(
         self, queries: np.ndarray, k: int, where: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`. where: only rows whose document's metadata has these values; a list accepts any."""
+        """See `Index.search`. where: only rows whose document's metadata has these values; a list accepts any.
+
+        The metadata is that of when a row was copied: of a document whose metadata alone has changed, the old.
+        """
         from qdrant_client import models
 
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
@@ -78,7 +83,7 @@ class RemoteIndex:
         if where:
             chosen = models.Filter(
                 must=[
-                    models.FieldCondition(key=f"metadata.{_key(name)}", match=_match(value))
+                    models.FieldCondition(key=f"metadata.{_key(name)}", **_match(value))
                     for name, value in where.items()
                 ]
             )
@@ -113,6 +118,12 @@ class RemoteIndex:
             from qdrant_client import models
 
             self.client.delete(self.collection, models.PointIdsList(points=part.tolist()), wait=True)
+        if self.client.count(self.collection).count != store.passages:  # a copy was cut short: begin again
+            self.client.delete_collection(self.collection)
+            self._state.unlink()
+            self._copied()
+            for part in _batches(rows):
+                self._upsert(part)
         write_json(self._state, self._name() | {"rows": store.rows})
 
     def _copied(self) -> int:
@@ -178,7 +189,9 @@ def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _match(value: Any) -> Any:
     from qdrant_client import models
 
-    return models.MatchAny(any=value) if isinstance(value, list) else models.MatchValue(value=value)
+    if isinstance(value, float):
+        return {"range": models.Range(gte=value, lte=value)}
+    return {"match": models.MatchAny(any=value) if isinstance(value, list) else models.MatchValue(value=value)}
 
 
 def _key(name: str) -> str:

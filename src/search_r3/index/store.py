@@ -218,6 +218,18 @@ class Store:
                     "damaged: restore it, or index again into a new folder"
                 )
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """See one state of the index, the latest, whatever other processes commit meanwhile."""
+        with self._errors():
+            self._db.execute("BEGIN")
+            try:
+                if self.moved():
+                    self.refresh()
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
     def moved(self) -> bool:
         """Whether another process has committed since the last look: rows may mean something else now."""
         with self._errors():
@@ -369,8 +381,8 @@ class Store:
             before = len(self)
             with self._transaction():
                 dead = self._forget(ids)
-                self._db.execute("UPDATE state SET generation = generation + 1")
-            self.generation += 1
+                self._db.execute("UPDATE state SET generation = generation + ?", (bool(dead),))
+            self.generation += bool(dead)  # nothing removed: what was derived is still good
             self.alive[dead] = False
             return before - len(self)
 

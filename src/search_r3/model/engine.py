@@ -145,8 +145,8 @@ class Engine:
     def prefix(self, act: ActName) -> Prefix:
         """Keys and values of the act's constant prefix under the current weights.
 
-        PyTorch counts in-place writes to each parameter; when the count has moved (loaded weights, most optimisers), the
-        prefix is computed anew. Fused optimisers write uncounted: call `forget` after them.
+        PyTorch counts in-place writes to each parameter; when the count has moved (loaded weights, most optimisers),
+        the prefix is computed anew. Fused optimisers write uncounted: call `forget` after them.
         """
         version = sum(parameter._version for parameter in self.model.parameters())
         cached = self._prefixes.get(act)

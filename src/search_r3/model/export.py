@@ -32,9 +32,7 @@ def export(model: SearchR3, folder: Path, card: str = "") -> None:
     own = engine.tokenizer.chat_template
     if not isinstance(own, str):
         raise CheckpointError(f"export: {model.source} has no chat template, which an instruction model needs")
-    turn = (
-        f"{json.dumps(act.prefix)} + (messages[-1]['content'] | trim) + {json.dumps(act.suffix + manifest.embed_token)}"
-    )
+    turn = f"{_quoted(act.prefix)} + (messages[-1]['content'] | trim) + {_quoted(act.suffix + manifest.embed_token)}"
     fixed = len(engine.prefix_ids("embed")) + len(engine.suffix_ids("embed")) + 1
     files: dict[str, Any] = {
         "modules.json": [
@@ -79,6 +77,10 @@ def export(model: SearchR3, folder: Path, card: str = "") -> None:
             write_json(temporary / name, value)
         if card:
             write_text(temporary / "README.md", card)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def card(model: SearchR3) -> str:

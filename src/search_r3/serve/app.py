@@ -21,6 +21,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from search_r3 import __version__
 from search_r3.errors import DataError, StoreError
@@ -54,7 +55,8 @@ from search_r3.serve.worker import BusyError, LateError, Worker
 from search_r3.snippet import snippet
 
 PAGE = Path(__file__).parent / "page"
-SLICE_CHARS = 4000  # of documents encoded between two looks at the queue: about a second on a small CPU
+SLICE_CHARS = 20_000  # of documents planned and stored in one step
+MAX_TURN = 1 << 20  # tokens: turns of documents are cut already
 PING_SECONDS = 15.0
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
@@ -94,6 +96,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         worker.start()
         for index in indexes:  # the prompts' keys and values are computed before the first user waits for them
             await worker.call(partial(index.retriever.model.encode_queries, ["warm up"]))
+            await worker.call(partial(index.retriever.model.engine.prefix, "reason"))
         ready = True
         try:
             yield
@@ -124,6 +127,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
     )
     app.state.worker = worker
     app.add_middleware(Guard, settings=settings)
+    if settings.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
@@ -204,8 +209,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
                 for text in texts:
                     tasks.append(group.create_task(worker.think(model, text, limits.reasoning)))
             results = [task.result() for task in tasks]
-            vectors, read = np.stack([result.vector for result in results]), 0
-            thought = sum(len(result.token_ids) for result in results)
+            vectors, read = np.stack([result.vector for result, _ in results]), sum(count for _, count in results)
+            thought = sum(len(result.token_ids) for result, _ in results)
         else:
             query = body.input_type == "query"
             vectors, read = await worker.embed(
@@ -231,8 +236,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             lead = await worker.call(lambda: index.retriever.search_vectors(direct, 2, where=where)[0])
             think = margin([hit.score for hit in lead]) < body.gate
         if think:
-            reasoned = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning, on_text)
-            tokens += len(reasoned.token_ids)
+            reasoned, read = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning, on_text)
+            tokens += read + len(reasoned.token_ids)
             vectors = reasoned.vector[None]
             if body.fuse is not None:
                 vectors = fuse_vectors(direct, vectors, body.fuse)
@@ -299,10 +304,13 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         total = DocumentsResponse(added=0, updated=0, unchanged=0)
         for part in _slices(body.documents):
             documents = [Document(d.id, d.text, d.title, d.metadata) for d in part]
-            report = await worker.call(partial(index.retriever.add, documents, batch=len(documents)), len(documents))
-            total.added += report.added
-            total.updated += report.updated
-            total.unchanged += report.unchanged
+            plan = await worker.call(partial(index.retriever.plan, documents), len(documents))
+            if plan.documents:
+                vectors, _ = await worker.embed(index.retriever.model, MAX_TURN, ready=plan.tails)
+                await worker.call(partial(index.retriever.commit, plan, vectors), len(documents))
+            total.added += plan.report.added
+            total.updated += plan.report.updated
+            total.unchanged += plan.report.unchanged
         return total
 
     @app.delete("/documents/{document:path}", tags=["documents"])
@@ -320,7 +328,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         direct, _ = await worker.embed(model, limits.query, [body.query], keep=True)
         vectors = [direct[0]]
         if body.reason:
-            vectors.append((await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)).vector)
+            reasoned, _ = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)
+            vectors.append(reasoned.vector)
         plane, passages, places = await worker.call(index.retriever.plane)
         spots = plane(np.stack(vectors)).tolist()
         return MapResponse(
@@ -393,7 +402,6 @@ def _handle_errors(app: FastAPI) -> None:
 
     for kind in (BusyError, LateError, UnknownIndexError, TooLargeError, DataError, StoreError, ExceptionGroup):
         app.add_exception_handler(kind, explain)
-    app.add_exception_handler(Exception, explain)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, refused)  # type: ignore[arg-type]
 
@@ -452,5 +460,5 @@ def _slices(documents: Sequence[DocumentIn]) -> list[list[DocumentIn]]:
 
 
 def _hit(hit: Hit, query: str) -> HitOut:
-    shown, ranges = snippet(" ".join(hit.text[:20_000].split()), query)
+    shown, ranges = snippet(" ".join(hit.text[:5000].split()), query[:1000])
     return HitOut(**asdict(hit), snippet=shown, highlights=ranges)

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from search_r3.serve.settings import Settings
 
-OPEN = frozenset({"/", "/health", "/ready", "/page/app.js", "/page/style.css"})
+OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json", "/page/app.js", "/page/style.css"})
 """Paths that need no key: they say nothing about what is indexed."""
 
+logger = logging.getLogger("search_r3.serve")
 _HEADERS = [
     (
         b"content-security-policy",
@@ -105,8 +107,14 @@ class Guard:
                     raise _Refused(504, late)
                 limit = None  # what streams is bounded by the worker's deadline and the reader's
             await answer
+        except _Refused:
+            raise
         except TimeoutError:
             pass  # the client did not read: the connection ends here
+        except Exception as error:
+            logger.exception("unexpected error", exc_info=error)
+            if not started():
+                raise _Refused(500, "unexpected error; the server's log says more") from error
         finally:
             await _cancel(answer)
             await _cancel(watch)
@@ -147,7 +155,8 @@ class Guard:
 
 
 async def _answer(send: Any, refused: _Refused) -> None:
-    body = json.dumps(error_body(refused.message, "invalid_request_error")).encode()
+    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
+    body = json.dumps(error_body(refused.message, kind)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 
 def _encodable(text: str) -> str:
@@ -22,12 +22,28 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _few(value: Any) -> Any:
+    """Fields are counted before each is looked at, so that a million of them are one error."""
+    if isinstance(value, dict) and len(value) > 64:
+        raise ValueError("has more than 64 fields")
+    return value
+
+
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [value]
+    for _ in range(32):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+    if level:
+        raise ValueError("is nested deeper than 32 levels")
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, UnicodeEncodeError, RecursionError):
         raise ValueError("holds a number or text that JSON cannot carry") from None
     return value
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 Text = Annotated[str, AfterValidator(_encodable), AfterValidator(_not_blank)]
@@ -47,6 +63,11 @@ class Model(BaseModel):
     """Unknown fields are errors that name themselves."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
 
 
 class EmbeddingRequest(BaseModel):
@@ -110,9 +131,11 @@ class SearchRequest(Model):
     """Reason only where the best direct hit leads the second by less than this; implies `reason`."""
     hybrid: bool = False
     """Fuse with BM25 by reciprocal rank."""
-    filters: dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100)]] = Field(
-        default={}, max_length=16
-    )
+    filters: Annotated[
+        dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100, fail_fast=True)]],
+        BeforeValidator(_few),
+        Field(max_length=16),
+    ] = {}
     """Only documents whose metadata has these values; a list accepts any of its values."""
     max_new_tokens: int | None = Field(default=None, ge=1, le=1024)
     """Most tokens to think; default: the checkpoint's."""

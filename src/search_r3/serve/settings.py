@@ -31,5 +31,8 @@ class Settings:
     """Most texts or documents of one request."""
     cache: int = 4096
     """Query vectors kept."""
+    hosts: tuple[str, ...] = ()
+    """Names that the server may be called by (its `Host`); any by default. Where no key is asked for, names keep web
+    pages of others from reaching a server on this machine by a name that they have pointed at it."""
     origins: tuple[str, ...] = ()
     """Web origins that may call from a browser (CORS); none by default."""

@@ -7,6 +7,7 @@ are embedded together; reasoning goes token by token, and what has come in meanw
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
@@ -53,17 +54,20 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Embed(Job):
-    """Token sequences to be embedded: a list of texts, cut and wrapped, or of tokens."""
+    """What is to be embedded: texts, the tokens of texts, or whole turns that are ready."""
 
     model: SearchR3 = field(kw_only=True)
     texts: Sequence[str] = field(kw_only=True, default=())
     ids: Sequence[Sequence[int]] = field(kw_only=True, default=())
+    ready: Sequence[list[int]] = field(kw_only=True, default=())
     max_tokens: int = field(kw_only=True)
     tokens: int = field(kw_only=True, default=0)
     """About so many."""
 
     def tails(self) -> list[list[int]]:
         """What follows the prefix of the embed act."""
+        if self.ready:
+            return list(self.ready)
         if self.ids:
             return [[*ids[: self.max_tokens], *self.model.engine.suffix_ids("embed")] for ids in self.ids]
         return self.model.engine.tails(self.texts, "embed", self.max_tokens)
@@ -126,18 +130,20 @@ class Worker:
         max_tokens: int,
         texts: Sequence[str] = (),
         ids: Sequence[Sequence[int]] = (),
+        ready: Sequence[list[int]] = (),
         keep: bool = False,
     ) -> tuple[np.ndarray, int]:
-        """Embed texts, or tokens. Returns (N, D) float32 unit rows, and the tokens read of the texts themselves.
+        """Embed texts, tokens, or whole turns (`Plan.tails`).
 
-        keep: look the vectors up, and keep them. Raises BusyError, LateError, or DataError for an empty text.
+        Returns (N, D) float32 unit rows, and the tokens read of the texts themselves. keep: look the vectors up, and
+        keep them. Raises BusyError, LateError, or DataError for an empty text.
         """
-        names = [(id(model), max_tokens, text) for text in texts] if keep else []
+        names = [(id(model), max_tokens, _digest(text)) for text in texts] if keep else []
         if names and all(name in self._vectors for name in names):
             self.cache_hits += len(names)
             found = [self._look_up(name) for name in names]
             return np.stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
-        lengths = [len(tokens) for tokens in ids] or [len(text) // 4 for text in texts]  # tokens, about
+        lengths = [len(tokens) for tokens in ready or ids] or [len(text) // 4 for text in texts]  # tokens, about
         parts = []
         with self._room(len(lengths)):
             # One part after the other: a request of many texts does not stand in the way of small ones.
@@ -148,6 +154,7 @@ class Worker:
                     model=model,
                     texts=texts[part],
                     ids=ids[part],
+                    ready=ready[part],
                     max_tokens=max_tokens,
                     tokens=tokens,
                 )
@@ -155,22 +162,23 @@ class Worker:
         vectors = np.concatenate([vectors for vectors, _ in parts])
         counts = [count for _, part in parts for count in part]
         for name, vector, count in zip(names, vectors, counts, strict=False):
-            self._put(name, (vector, count))
+            self._put(name, (vector.copy(), count))  # a copy: a row would keep its whole batch
         return vectors, sum(counts)
 
     async def think(
         self, model: SearchR3, text: str, max_new_tokens: int, on_text: Callable[[str], None] | None = None
-    ) -> Reasoned:
-        """Reason over a query. on_text is called on this event loop with each new piece.
+    ) -> tuple[Reasoned, int]:
+        """Reason over a query. Returns the result, and the tokens read of the query.
 
-        Cancelling takes the query out of its batch. Raises BusyError or LateError.
+        on_text is called on this event loop with each new piece. Cancelling takes the query out of its batch. Raises
+        BusyError, or LateError if there was no time to think to the end.
         """
-        name = (id(model), "think", max_new_tokens, text)
+        name = (id(model), "think", max_new_tokens, _digest(text))
         if name in self._vectors:
             self.cache_hits += 1
-            known: Reasoned = self._look_up(name)
+            known: tuple[Reasoned, int] = self._look_up(name)
             if on_text is not None:
-                on_text(known.text)
+                on_text(known[0].text)
             return known
         loop = asyncio.get_running_loop()
 
@@ -188,9 +196,11 @@ class Worker:
         )
         with self._room(1):
             try:
-                result: Reasoned = await self._submit(job)
+                result: tuple[Reasoned, int] = await self._submit(job)
             finally:
                 job.gone = True
+        if time.monotonic() > job.deadline:  # it was cut short
+            raise LateError
         self._put(name, result)
         return result
 
@@ -325,12 +335,13 @@ class Worker:
 
         with _Failing(jobs):
             started = time.monotonic()
+            read = [len(ids) for ids in first.model.engine.plain_ids([job.text for job in jobs])]
             results = first.model.reason(
                 [job.text for job in jobs],
                 max_new_tokens=first.max_new_tokens,
                 batch_rows=len(jobs),
                 on_text=show if any(job.on_text for job in jobs) else None,
-                on_result=lambda row, result: jobs[row].future.set_result(result),
+                on_result=lambda row, result: jobs[row].future.set_result((result, read[row])),
                 between=self._turn,
                 stop=lambda row: jobs[row].gone or time.monotonic() > jobs[row].deadline,
             )
@@ -339,6 +350,10 @@ class Worker:
     def _observe(self, kind: str, tokens: Sequence[Sequence[int]], seconds: float) -> None:
         if self._observer is not None:
             self._observer.batch(kind, len(tokens), sum(map(len, tokens)), seconds)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(slots=True)

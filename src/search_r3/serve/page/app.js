@@ -161,8 +161,10 @@ async function ask(event) {
 }
 
 async function draw() {
-  if (!asked) return;
-  const found = await (await post("/map", asked)).json();
+  const mine = asked;
+  if (!mine) return;
+  const found = await (await post("/map", mine)).json();
+  if (asked !== mine) return; // a newer question has been asked
   const plot = byId("plot");
   const spots = [...found.points.map(({ x, y }) => [x, y]), found.direct, ...(found.reasoned ? [found.reasoned] : [])];
   const scale = (axis, size) => {
@@ -204,11 +206,15 @@ byId("ask").addEventListener("submit", ask);
 byId("stop").addEventListener("click", () => running?.abort());
 byId("map").addEventListener("toggle", () => byId("map").open && draw().catch((error) => say(error.message)));
 document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
   const typing = ["INPUT", "SELECT", "TEXTAREA"].includes(document.activeElement?.tagName);
   if (event.key === "/" && !typing) {
     event.preventDefault();
     byId("query").focus();
-  } else if (event.key === "Escape") running?.abort();
+  } else if (event.key === "Escape" && running) {
+    event.preventDefault(); // it would also clear the question
+    running.abort();
+  }
 });
 loadIndexes().catch((error) => say(error.message));
 byId("query").focus();
