@@ -57,10 +57,8 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                quiet = scope["path"] not in (
-                    "/docs",
-                    "/redoc",
-                )  # FastAPI's own pages load their scripts from elsewhere
+                # FastAPI's own pages load their scripts from elsewhere.
+                quiet = scope["path"] not in ("/docs", "/redoc")
                 message = message | {"headers": [*message["headers"], *(_HEADERS if quiet else _HEADERS[1:])]}
             async with asyncio.timeout(self.settings.timeout):  # a client that never reads holds nothing for long
                 await send(message)
