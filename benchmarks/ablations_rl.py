@@ -63,7 +63,7 @@ def main() -> None:
                 f"sources=[{{path: {args.set}, limit: 200, documents: {args.documents}}}]",
                 f"steps={args.steps}",
                 f"environment.audit_every={args.steps}",
-                f"dev={{sets: [nano-{args.set}], every: {args.steps}, queries: 50, documents: 100, reason: 24}}",
+                f"dev={{sets: [nano-{args.set}], every: {args.steps}, queries: 30, documents: 60, reason: 24}}",
                 *changes,
             ]
             command = ["search-r3", "train", "rl", args.recipe, "--data", args.data, "--output", str(run)]
