@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -246,3 +247,11 @@ def test_eval_by_mteb(run, checkpoint, tmp_path):
         code, _, error = run("eval", *arguments)
         assert code == 2
         assert words in error
+
+
+def test_serve_names_an_address_that_is_taken(run, indexed):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, error = run("serve", indexed, "--port", port)
+    assert code == 2
+    assert f"--port {port}: cannot listen there" in error

@@ -93,7 +93,10 @@ def serve(
         with Store.open(folder, verify=False) as store:
             manifests.append(store.manifest)
     models: dict[tuple[str, str, int], SearchR3] = {}
-    with ExitStack() as stack:
+    with ExitStack() as stack, _bind(host, port) as listening:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # A client that does not read is cut off, and what it did not read is freed.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
         served = []
         for name, folder, stored in zip(names, folders, manifests, strict=True):
             space = stored.checkpoint, stored.fingerprint, stored.dimension
@@ -110,14 +113,8 @@ def serve(
             timeout_graceful_shutdown=int(timeout) + 1,
             server_header=False,
         )
-
         if access_log:
             logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-        listening = config.bind_socket()
-        if hasattr(
-            socket, "TCP_USER_TIMEOUT"
-        ):  # a client that does not read is cut off, and what it did not read freed
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[Any] | None = None) -> None:
@@ -132,3 +129,21 @@ def serve(
         signal.signal(signal.SIGTERM, lambda *_: None)
         with suppress(KeyboardInterrupt):
             Server(config).run([listening])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, not listening yet."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise DataError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another"
+        ) from error
+    return bound
