@@ -97,12 +97,12 @@ def serve(
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that does not read is cut off, and what it did not read is freed.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
-        served = []
+        served, search = [], index_kind(kind, qdrant)
         for name, folder, stored in zip(names, folders, manifests, strict=True):
             space = stored.checkpoint, stored.fingerprint, stored.dimension
             if space not in models:
                 models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
-            retriever = stack.enter_context(Retriever.open(folder, models[space], index_kind(kind, qdrant)))
+            retriever = stack.enter_context(Retriever.open(folder, models[space], search))
             served.append(Served(name, retriever))
         config = uvicorn.Config(
             create_app(served, settings),

@@ -204,8 +204,6 @@ class Retriever:
                     raise failure
                 if not chunk:
                     break
-            if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
-                self.store.compact()
         return report
 
     def plan(self, documents: Sequence[Document]) -> Plan:
@@ -231,8 +229,10 @@ class Retriever:
         return Plan(new, ranges, tails, Added(len(new) - updated, updated, len(latest) - len(new)))
 
     def commit(self, plan: Plan, vectors: np.ndarray) -> None:
-        """Store what was planned, in one step. vectors: (len(plan.tails), D) float32."""
+        """Store what was planned, in one step. vectors: (len(plan.tails), D) float32. Dead rows do not pile up."""
         self.store.put(plan.documents, plan.ranges, vectors)
+        if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
+            self.store.compact()
 
     def _encode(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
         return self.model.engine.encode(tails, "embed")

@@ -56,7 +56,6 @@ from search_r3.snippet import snippet
 
 PAGE = Path(__file__).parent / "page"
 SLICE_CHARS = 20_000  # of documents planned and stored in one step
-MAX_TURN = 1 << 20  # tokens: turns of documents are cut already
 PING_SECONDS = 15.0
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
@@ -306,7 +305,9 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             documents = [Document(d.id, d.text, d.title, d.metadata) for d in part]
             plan = await worker.call(partial(index.retriever.plan, documents), len(documents))
             if plan.documents:
-                vectors, _ = await worker.embed(index.retriever.model, MAX_TURN, ready=plan.tails)
+                vectors, _ = await worker.embed(
+                    index.retriever.model, index.retriever.store.manifest.max_tokens, ready=plan.tails
+                )
                 await worker.call(partial(index.retriever.commit, plan, vectors), len(documents))
             total.added += plan.report.added
             total.updated += plan.report.updated

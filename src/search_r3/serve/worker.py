@@ -335,7 +335,8 @@ class Worker:
 
         with _Failing(jobs):
             started = time.monotonic()
-            read = [len(ids) for ids in first.model.engine.plain_ids([job.text for job in jobs])]
+            longest = first.model.manifest.max_tokens.query
+            read = [min(len(ids), longest) for ids in first.model.engine.plain_ids([job.text for job in jobs])]
             results = first.model.reason(
                 [job.text for job in jobs],
                 max_new_tokens=first.max_new_tokens,
