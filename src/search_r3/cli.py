@@ -32,15 +32,17 @@ from search_r3.cli_common import (
     Precision,
     PromptFile,
     QdrantUrl,
+    check_reports,
     err,
     index_kind,
     interruptible,
     load_model,
     out,
     print_json,
+    write_reports,
 )  # fmt: skip
 from search_r3.cli_serve import serve
-from search_r3.cli_train import bootstrap, mine, package, plot, train
+from search_r3.cli_train import bootstrap, mine, overlap, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
@@ -459,7 +461,7 @@ def eval_(
     with err.status("loading"):
         from search_r3.evaluate.report import markdown, rich_table
         from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
-        from search_r3.files import write_json, write_text
+        from search_r3.files import write_text
 
     chosen = list(MODES) if modes == "all" else list(dict.fromkeys(m.strip() for m in modes.split(",") if m.strip()))
     unknown = [mode for mode in chosen if mode not in MODES]
@@ -467,10 +469,7 @@ def eval_(
         raise DataError(
             f"--modes {modes}: unknown mode {', '.join(unknown) or '(none given)'}; choose from {', '.join(MODES)}"
         )
-    for path in output or []:
-        if path.suffix not in (".json", ".md") or not path.parent.is_dir():
-            raise DataError(f"--output {path}: must end in .json or .md, in a folder that exists")
-    for path in [*(output or []), *([details] if details else [])]:
+    for path in [*check_reports(output), *([details] if details else [])]:
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise DataError(f"{path}: cannot be written; name a file in a folder that exists and is yours")
     names = [path.resolve().name for path in datasets]
@@ -495,8 +494,7 @@ def eval_(
         max_new_tokens=max_new_tokens, fuse=fuse,
     )  # fmt: skip
     command = shlex.join(["search-r3", *sys.argv[1:]])
-    for path in output or []:
-        write_json(path, report) if path.suffix == ".json" else write_text(path, markdown(report, command))
+    write_reports(output or [], report, markdown(report, command))
     if details is not None:
         write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
     if json_:
@@ -658,6 +656,7 @@ def doctor(json_: Json = False) -> None:
 app.add_typer(train, name="train")
 app.command()(serve)
 app.command()(mine)
+app.command()(overlap)
 app.command()(bootstrap)
 app.command()(package)
 app.add_typer(plot, name="plot")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from search_r3.errors import StoreError
+from search_r3.errors import DataError, StoreError
+from search_r3.files import write_json, write_text
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
@@ -68,6 +69,20 @@ def index_kind(kind: Kind, qdrant: str | None) -> IndexKind:
     from search_r3.index.remote import follower
 
     return follower(qdrant)
+
+
+def check_reports(paths: Sequence[Path] | None) -> list[Path]:
+    """Where a report is to go. Raises DataError for what `write_reports` could not write, before the work is done."""
+    for path in paths or []:
+        if path.suffix not in (".json", ".md") or not path.parent.is_dir():
+            raise DataError(f"--output {path}: must end in .json or .md, in a folder that exists")
+    return list(paths or [])
+
+
+def write_reports(paths: Sequence[Path], values: Any, page: str) -> None:
+    """The values into every .json, the page into every .md."""
+    for path in paths:
+        write_json(path, values) if path.suffix == ".json" else write_text(path, page)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,11 +17,13 @@ from search_r3.cli_common import (
     Device,
     Json,
     Precision,
+    check_reports,
     err,
     interruptible,
     load_model,
     out,
     print_json,
+    write_reports,
 )
 from search_r3.errors import DataError
 
@@ -129,6 +132,36 @@ def _say_done(folder: Path, json_: bool) -> None:
         print_json({"model": str(folder)})
     else:
         out.print(f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}")
+
+
+def overlap(
+    recipe_file: Annotated[Path, typer.Argument(metavar="recipe", help="YAML file of stage 1; see recipes/.")],
+    tests: Annotated[list[Path], typer.Argument(metavar="dataset...", help="Test sets: BEIR folders.")],
+    data: Data = Path("data"),
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="Which judgements of the test sets.")] = "test",
+    outputs: Annotated[list[Path] | None, typer.Option("--output", "-o", help="Also write .md or .json.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what a recipe's training data has in common with test sets, exactly and nearly.
+
+    Example:  search-r3 overlap recipes/smollm2-135m-cpu.yaml data/nano-scifact --data data -o overlap.md
+    """
+    from dataclasses import asdict
+
+    from search_r3.train.config import read_recipe
+    from search_r3.train.overlap import markdown, overlaps
+    from search_r3.train.supervised import prepare
+
+    check_reports(outputs)
+    with err.status("reading the data"):
+        prepared = prepare(read_recipe(recipe_file, overrides or []), data)
+        report = overlaps(prepared.sources, tests, split)
+    names = " ".join(str(path) for path in tests)
+    page = markdown(report, f"search-r3 overlap {recipe_file} {names} --data {data}", dict(prepared.dropped.counts))
+    values = {"left_out": dict(prepared.dropped.counts), "sets": {name: asdict(row) for name, row in report.items()}}
+    write_reports(outputs or [], values, page)
+    print_json(values) if json_ else out.print(Markdown(page))
 
 
 def mine(

@@ -57,6 +57,14 @@ def test_what_held_out_sets_hold_is_dropped(root):
     assert dropped.counts["query is in held"] >= 1  # found though case and punctuation differ
 
 
+def test_a_negative_that_a_test_query_should_find_is_dropped(root):
+    write_set(root / "held", 4)
+    overrides = ["sources=[{path: train, negatives: mined.jsonl}]", "held_out=[held]"]
+    (examples,), dropped = load(recipe_for(*overrides), root)
+    assert dropped.counts["negative is in held"]
+    assert not {passage.id for example in examples for passage in example.negatives} & {"d0", "d1", "d2", "d3"}
+
+
 def test_duplicates_are_dropped(root):
     record = json.dumps({"query": "a", "positive": "p"}) + "\n"
     (root / "twice.jsonl").write_text(record + record)

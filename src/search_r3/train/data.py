@@ -72,16 +72,19 @@ def load_examples(
     """Examples of each source, cleaned, in the order of the sources.
 
     Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
-    equal to a test query, or a positive equal to a document that a test query should find (after removing case,
-    punctuation and spaces). Raises DataError for a source that cannot be used.
+    equal to a test query, or a positive or a negative equal to a document that a test query should find (after removing
+    case, punctuation and spaces). Raises DataError for a source that cannot be used.
     """
     queries, documents = _held_out(held_out, root)
     dropped, result = Dropped(), []
     for source in sources:
-        kept, seen = [], set()
+        kept, seen, keys = [], set(), {}
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
-            pair = _key(example.query), _key(example.positive.text)
+            for passage in (example.positive, *example.negatives):
+                if passage.id not in keys:
+                    keys[passage.id] = key(passage.text)
+            pair = key(example.query), keys[example.positive.id]
             if pair in seen:
                 dropped.add("duplicate", name)
             elif pair[0] in queries:
@@ -90,7 +93,11 @@ def load_examples(
                 dropped.add(f"positive is in {documents[pair[1]]}", name)
             else:
                 seen.add(pair)
-                kept.append(example)
+                for passage in example.negatives:
+                    if keys[passage.id] in documents:
+                        dropped.add(f"negative is in {documents[keys[passage.id]]}", f"{name}:{passage.id}")
+                hard = tuple(passage for passage in example.negatives if keys[passage.id] not in documents)
+                kept.append(replace(example, negatives=hard))
                 if len(kept) == source.limit:
                     break
         if not kept:
@@ -127,7 +134,8 @@ def _endless(source: Sequence[Example], random: np.random.Generator) -> Iterator
             yield source[number]
 
 
-def _key(text: str) -> str:
+def key(text: str) -> str:
+    """What is left of a text without case, punctuation and spaces, hashed: equal for texts that are the same."""
     return hashlib.sha256(re.sub(r"[\W_]+", "", text.casefold()).encode()).hexdigest()
 
 
@@ -137,11 +145,11 @@ def _held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dict[st
     documents: dict[str, str] = {}
     for path in paths:
         collection = load_collection(root / path)
-        queries |= {_key(query.text): collection.name for query in collection.queries}
+        queries |= {key(query.text): collection.name for query in collection.queries}
         relevant = {name for judged in collection.judgements.values() for name, score in judged.items() if score > 0}
         for document in collection.documents:
             if document.id in relevant:
-                documents[_key(document.content)] = documents[_key(document.text)] = collection.name
+                documents[key(document.content)] = documents[key(document.text)] = collection.name
     return queries, documents
 
 
@@ -209,11 +217,11 @@ def _from_records(path: str) -> Iterator[Example]:
         negatives = _texts(where, record, ("negatives", "negative", "neg"), required=False)
         if both := set(positives) & set(negatives):
             raise DataError(f"{where}: {min(both)[:60]!r} is both a positive and a negative")
-        relevant = frozenset(_key(text) for text in positives)
-        hard = tuple(Passage(_key(text), text) for text in negatives)
+        relevant = frozenset(key(text) for text in positives)
+        hard = tuple(Passage(key(text), text) for text in negatives)
         thought = record.get("thought")
         for text in positives:
-            yield Example(path, str(number), query[0], Passage(_key(text), text), hard, relevant, thought)
+            yield Example(path, str(number), query[0], Passage(key(text), text), hard, relevant, thought)
 
 
 def _texts(where: str, record: Any, names: tuple[str, ...], required: bool = True) -> list[str]:
