@@ -253,7 +253,7 @@ def search(
         float | None,
         typer.Option(help="Reason only where the best direct hit leads the second by less than this.", min=0, max=2),
     ] = None,
-    hybrid: Annotated[bool, typer.Option("--hybrid", help="Fuse with BM25 by reciprocal rank.")] = False,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Add BM25: words count, too.")] = False,
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
     checkpoint: Annotated[

@@ -17,7 +17,7 @@ from search_r3.files import new_folder
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
-from search_r3.index.lexical import LexicalIndex, reciprocal_rank_fusion
+from search_r3.index.lexical import LexicalIndex, fuse_scores
 from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
 from search_r3.model.reasoning import TextCallback
 from search_r3.model.search_r3 import SearchR3
@@ -30,7 +30,7 @@ IndexKind = Literal["exact", "graph"] | Callable[[Store], Index]
 """Or what makes an index of a store's present content, such as `remote.RemoteIndex`."""
 Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
 """From turns of the embed act (`Engine.tails`) to (N, D) float32 vectors."""
-FUSION_DEPTH = 100  # documents of each ranking that take part in reciprocal rank fusion
+FUSION_DEPTH = 100  # documents of each ranking that take part in hybrid search
 
 
 @dataclass(slots=True)
@@ -322,7 +322,7 @@ class Retriever:
 
         reason: think before embedding. fuse: weight in [0, 1] of the reasoned vector in a sum with the direct one
         (implies `reason`). gate: reason only over queries whose best direct hit leads the second by less than this, in
-        cosine (implies `reason`); `search-r3 eval` shows what a gate saves. hybrid: fuse with BM25 by reciprocal rank.
+        cosine (implies `reason`); `search-r3 eval` shows what a gate saves. hybrid: add BM25 (`fuse_scores`).
         where: only documents whose metadata has these values; a list accepts any of its values. Raises DataError for
         an empty query.
         """
@@ -378,18 +378,13 @@ class Retriever:
             hits = []
             for query in range(len(vectors)):
                 ranking = self._documents(rows[query], scores[query])
-                fused = None
                 if texts is not None:
                     other = self._documents(lexical_rows[query], lexical_scores[query])
-                    fused = reciprocal_rank_fusion([list(ranking)[:depth], list(other)[:depth]])
-                    ranking = {
-                        name: ranking.get(name) or other[name] for name in sorted(fused, key=lambda n: -fused[n])
-                    }
+                    fused = fuse_scores(_scores(ranking), _scores(other))
+                    found = {**other, **ranking}
+                    ranking = {name: (fused[name], found[name][1]) for name in sorted(fused, key=lambda n: -fused[n])}
                 hits.append(
-                    [
-                        _hit(rank, fused[name] if fused else score, passage)
-                        for rank, (name, (score, passage)) in enumerate(islice(ranking.items(), k), 1)
-                    ]
+                    [_hit(rank, score, passage) for rank, (score, passage) in enumerate(islice(ranking.values(), k), 1)]
                 )
             return hits
 
@@ -426,6 +421,10 @@ class Retriever:
         for score, passage in zip(scores[kept].tolist(), self.store.get(rows[kept].tolist()), strict=True):
             best.setdefault(passage.document.id, (score, passage))
         return best
+
+
+def _scores(ranking: Mapping[str, tuple[float, Passage]]) -> dict[str, float]:
+    return {name: score for name, (score, _) in ranking.items()}
 
 
 def margin(scores: Sequence[float]) -> float:

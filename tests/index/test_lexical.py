@@ -1,7 +1,7 @@
 import pytest
 
 from search_r3.errors import StoreError
-from search_r3.index.lexical import LexicalIndex, reciprocal_rank_fusion
+from search_r3.index.lexical import LexicalIndex, fuse_scores
 
 TEXTS = ["the cat sat on the mat", "dogs chase cats", "stock markets fell today"]
 
@@ -27,6 +27,11 @@ def test_damaged_folder(tmp_path):
         LexicalIndex.load(tmp_path)
 
 
-def test_reciprocal_rank_fusion_by_hand():
-    fused = reciprocal_rank_fusion([["a", "b"], ["b", "c"]])
-    assert fused == {"a": 1 / 61, "b": 1 / 62 + 1 / 61, "c": 1 / 62}
+def test_fused_scores_by_hand():
+    fused = fuse_scores({"a": 0.9, "b": 0.5}, {"b": 8.0, "c": 4.0})
+    assert fused == {"a": 0.9, "b": 0.5 + 0.2, "c": 0.5 + 0.1}  # c is as far as the last of the dense ranking
+
+
+def test_without_common_words_the_dense_scores_stay():
+    assert fuse_scores({"a": 0.9, "b": -0.5}, {}) == {"a": 0.9, "b": -0.5}
+    assert fuse_scores({}, {}) == {}

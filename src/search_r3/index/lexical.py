@@ -5,13 +5,15 @@ Lucene's idf, k1 0.9, b 0.4, English stemming and stop words: the setting of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from search_r3.errors import StoreError
+
+LEXICAL_WEIGHT = 0.2  # what the best lexical match is worth, in cosine
 
 
 class LexicalIndex:
@@ -77,10 +79,14 @@ def _tokenise(texts: list[str]) -> Any:
     return bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
 
 
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], constant: int = 60) -> dict[str, float]:
-    """Fused score of every id: 1 / (constant + rank), summed over the rankings that hold it (Cormack et al., 2009)."""
-    scores: dict[str, float] = {}
-    for ranking in rankings:
-        for rank, item in enumerate(ranking, 1):
-            scores[item] = scores.get(item, 0.0) + 1 / (constant + rank)
-    return scores
+def fuse_scores(dense: Mapping[str, float], lexical: Mapping[str, float]) -> dict[str, float]:
+    """Cosine + 0.2 * BM25 / the best BM25, for every document of either ranking.
+
+    Scores keep what ranks lose: by how much a document leads (Bruch et al., 2022, arXiv 2210.11934). A document that
+    the dense ranking lacks gets that ranking's lowest score, one that the lexical ranking lacks gets 0. How the weight
+    was chosen stands in docs/evaluation.md.
+    """
+    lowest, best = min(dense.values(), default=0.0), max(lexical.values(), default=1.0)
+    return {
+        name: dense.get(name, lowest) + LEXICAL_WEIGHT * lexical.get(name, 0.0) / best for name in {**dense, **lexical}
+    }

@@ -130,7 +130,7 @@ class SearchRequest(Model):
     gate: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     """Reason only where the best direct hit leads the second by less than this; implies `reason`."""
     hybrid: bool = False
-    """Fuse with BM25 by reciprocal rank."""
+    """Add BM25: words count, too."""
     filters: Annotated[
         dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100, fail_fast=True)]],
         BeforeValidator(_few),
