@@ -1,8 +1,11 @@
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from search_r3.errors import TrainingError
 from search_r3.train.run import METRICS, DevTest, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
+from tests.conftest import build_base
 
 
 def weights(folder):
@@ -150,6 +154,52 @@ def test_two_processes_equal_one(recipe, root, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def run_sharded(recipe, root, output, *more):
+    file = root / "sharded.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.train.sharded", "train", "sft", str(file), "--data", str(root), "--output", str(output)]
+    return subprocess.run(
+        [*command, *more],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | FSDP,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path):
+    base = build_base(tmp_path / "untied", tied=False)
+    # Texts of unequal length in small chunks: one process has fewer chunks than the other.
+    recipe = with_batch(recipe.model_copy(update={"model": str(base)}), chunk_tokens=40)
+    whole = train(prepare(recipe, root), root, tmp_path / "whole", progress=False)
+    done = run_sharded(recipe, root, tmp_path / "sharded")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "sharded" / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()  # it was FSDP
+    assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
+    shutil.rmtree(tmp_path / "sharded" / "model")
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint-6")
+    done = run_sharded(recipe, root, tmp_path / "sharded", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
+
+
+def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path):
+    done = run_sharded(recipe, root, tmp_path / "sharded")
+    assert done.returncode != 0
+    assert "its embedding and output rows are one" in done.stderr
 
 
 def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):

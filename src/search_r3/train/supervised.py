@@ -11,6 +11,7 @@ gradient cache, the masking of unlabelled positives, reasonings found by the mod
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
@@ -108,8 +110,32 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     test.log = trainer.log
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise TrainingError("stage 1 does not run under DeepSpeed; shard the weights with FSDP (accelerate --use_fsdp)")
+    if trainer.sharded and recipe.lora is not None and model.config.get_text_config().tie_word_embeddings:
+        raise TrainingError(
+            f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
+            "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
+        )
+    if trainer.sharded and recipe.dev.sets:
+        trainer.remove_callback(test)  # the engine's own passes need whole weights
+        if state.is_main_process:
+            logging.getLogger(__name__).warning("sharded weights: no tests while training; run search-r3 eval after it")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.sharded:
+        trainer.model = _whole(trainer, recipe, output)
     return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
+
+
+def _whole(trainer: SupervisedTrainer, recipe: Recipe, output: Path) -> Any:
+    """The trained model on the main process, gathered from all of them."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.accelerator.is_main_process:
+        return trainer.model
+    model, _, manifest = load_model(recipe.model, output)
+    whole = _with_adapter(model, recipe, manifest) if recipe.lora is not None else model
+    whole.load_state_dict(weights)
+    return whole
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import Trainer
 
@@ -55,7 +55,7 @@ class SupervisedTrainer(Trainer):
             ) from error
 
     def _loss(self, model: torch.nn.Module, batch: StepBatch) -> Tensor:
-        parts = chunks(batch.turns, self.recipe.batch.chunk_tokens)
+        parts = self._even(chunks(batch.turns, self.recipe.batch.chunk_tokens))
         world = self.accelerator.num_processes
         # Every process averages over the learned tokens of all; distributed training then averages the gradients.
         learned = self._sum(sum(turn.targets for turn in batch.turns))
@@ -63,7 +63,7 @@ class SupervisedTrainer(Trainer):
         outputs: list[ChunkOutput] = []
         for number, part in enumerate(parts):  # with one chunk this pass already carries the gradient
             with torch.set_grad_enabled(len(parts) == 1), self.compute_loss_context_manager():
-                outputs.append(self._forward(model, [batch.turns[n] for n in part]))
+                outputs.append(self._pass(model, batch, part))
             if len(parts) > 1:
                 outputs[number] = ChunkOutput(outputs[number].vectors, outputs[number].logits[:0], learned.new_empty(0))
         order = torch.tensor([n for part in parts for n in part], device=self.engine.device).argsort()
@@ -84,7 +84,7 @@ class SupervisedTrainer(Trainer):
                 last = number + 1 == len(parts)
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        output = self._forward(model, [batch.turns[n] for n in part])
+                        output = self._pass(model, batch, part)
                     language = self._language(model, batch, part, output, learned, plain, terms)
                     loss = (output.vectors * gradient[part]).sum() + world * language
                     total = total + world * language.detach()
@@ -95,6 +95,23 @@ class SupervisedTrainer(Trainer):
         self._note(terms, batch, vectors.detach())
         result: Tensor = loss + (total - loss).detach()  # the gradient of one, the value of the other
         return result
+
+    @property
+    def sharded(self) -> bool:
+        """No process holds all weights: every pass is a common act, and all processes must make the same passes."""
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+
+    def _even(self, parts: list[list[int]]) -> list[list[int]]:
+        """As many chunks as the process with the most has, the added ones empty."""
+        if not self.sharded:
+            return parts
+        most = self.accelerator.gather(torch.tensor([len(parts)], device=self.engine.device)).max()
+        return parts + [[] for _ in range(int(most) - len(parts))]
+
+    def _pass(self, model: torch.nn.Module, batch: StepBatch, part: list[int]) -> ChunkOutput:
+        """One chunk's pass; of an empty one, any text's, with nothing of it counting."""
+        output = self._forward(model, [batch.turns[n] for n in part or [0]])
+        return output if part else ChunkOutput(output.vectors[:0], 0.0 * output.logits, output.targets[:0])
 
     def _not_finite(self, batch: StepBatch) -> None:
         names = ", ".join(f"{example.source}:{example.id}" for example in batch.examples[:8])
@@ -124,16 +141,17 @@ class SupervisedTrainer(Trainer):
         loss = (
             0.0 * output.logits.float().sum()
         )  # every parameter takes part in every pass, as distributed training needs
-        if not count:
+        if not count and not (weights.kl and self.sharded):
             return loss
-        if weights.sft:
+        if weights.sft and count:
             nll = sft_nll(output.logits, output.targets) * (count / learned)
             loss = loss + weights.sft * nll
             terms["sft"] = terms.get("sft", 0) + nll.detach()
         spoken = output.targets != self.engine.embed_token_id  # the base has never been taught the embedding token
-        if weights.kl and spoken.any():
+        if weights.kl and (spoken.any() or self.sharded):
             with torch.no_grad(), self._base(model) as base, self.compute_loss_context_manager():
-                expected = self._forward(base, [batch.turns[n] for n in part]).logits
+                expected = self._pass(base, batch, part).logits
+        if weights.kl and spoken.any():
             kl = kl_to_base(expected[spoken], output.logits[spoken]) * (spoken.sum() / plain)
             loss = loss + weights.kl * kl
             terms["kl"] = terms.get("kl", 0) + kl.detach()
