@@ -563,6 +563,9 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub, as a private repository.")
     ] = None,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="Instead, a graph that embeds on a CPU without PyTorch.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers and sentence-transformers load without our code.
@@ -573,12 +576,15 @@ def export(
 
     if push is not None and push.count("/") != 1:
         raise CheckpointError(f"--push {push}: give OWNER/NAME")
+    if openvino and push is not None:
+        raise CheckpointError("--push uploads the plain folder; leave out --openvino")
     model = load_model(checkpoint)
     from search_r3.model.export import card
     from search_r3.model.export import export as write
+    from search_r3.model.openvino import write as write_graph
 
     try:
-        write(model, folder, card(model))
+        write_graph(model, folder) if openvino else write(model, folder, card(model))
     except FileExistsError as error:
         raise CheckpointError(f"{folder}: exists; choose another folder") from error
     except OSError as error:
@@ -596,7 +602,8 @@ def export(
     if json_:
         print_json(report)
     else:
-        out.print(f"Wrote {escape(str(folder))}: SentenceTransformer({escape(str(folder))!r}) loads it.")
+        loader = "search_r3.model.openvino.OpenVinoEncoder" if openvino else "SentenceTransformer"
+        out.print(f"Wrote {escape(str(folder))}: {loader}({escape(str(folder))!r}) loads it.")
 
 
 @app.command()
