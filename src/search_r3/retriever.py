@@ -74,10 +74,10 @@ class Found:
 class Retriever:
     """Search over a folder of vectors and documents with the model that made them.
 
-    >>> retriever = Retriever.open_or_create("my-index", SearchR3.from_pretrained())  # doctest: +SKIP
-    >>> retriever.add([Document("1", "tar packs files into one archive")])  # doctest: +SKIP
+    >>> retriever = Retriever.open_or_create("my-index", SearchR3.from_pretrained())
+    >>> retriever.add([Document("1", "tar packs files into one archive")])
     Added(added=1, updated=0, unchanged=0)
-    >>> retriever.search("many files into one", k=3, reason=True).hits[0].id  # doctest: +SKIP
+    >>> retriever.search("many files into one", k=3, reason=True).hits[0].id
     '1'
     """
 
@@ -428,7 +428,11 @@ def _scores(ranking: Mapping[str, tuple[float, Passage]]) -> dict[str, float]:
 
 
 def margin(scores: Sequence[float]) -> float:
-    """How far the best hit of a search leads the second, in cosine: little where the vector is undecided."""
+    """How far the best hit of a search leads the second, in cosine: little where the vector is undecided.
+
+    >>> margin([0.75, 0.5, 0.25]), margin([0.5])
+    (0.25, inf)
+    """
     return float(scores[0] - scores[1]) if len(scores) > 1 else float("inf")
 
 

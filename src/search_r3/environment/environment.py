@@ -36,11 +36,14 @@ PROBES = 16  # documents by which a state's model is recognised
 class RetrievalEnvironment:
     """A corpus that ranks itself for rollouts.
 
-    >>> environment = RetrievalEnvironment(documents, {"q1": {"d7": 1}}, encoder)  # doctest: +SKIP
-    >>> environment.reset()  # doctest: +SKIP
-    >>> outcomes = environment.step(["q1", "q1"], vectors)  # two rollouts of one query  # doctest: +SKIP
-    >>> outcomes[0].relevant[0].rank  # doctest: +SKIP
-    3
+    >>> model = SearchR3.from_pretrained("default")  # any `Encoder`
+    >>> documents = [Document(str(n), f"page number {n}") for n in range(20)]
+    >>> environment = RetrievalEnvironment(documents, {"q1": {"7": 1}}, model)
+    >>> environment.reset()
+    >>> rollouts = model.encode_queries(["page number 7", "page 7"])  # two of one query
+    >>> outcomes = environment.step(["q1", "q1"], rollouts)
+    >>> [outcome.relevant[0].id for outcome in outcomes]
+    ['7', '7']
 
     documents: the corpus. qrels: relevance by query id and document id. encoder: the model under training.
     lengths: tokens of each document, which the budget counts; default: a quarter of its characters.

@@ -85,6 +85,9 @@ def fuse_scores(dense: Mapping[str, float], lexical: Mapping[str, float]) -> dic
     Scores keep what ranks lose: by how much a document leads (Bruch et al., 2022, arXiv 2210.11934). A document that
     the dense ranking lacks gets that ranking's lowest score, one that the lexical ranking lacks gets 0. How the weight
     was chosen stands in docs/evaluation.md.
+
+    >>> fuse_scores({"a": 0.5, "b": 0.25}, {"b": 8.0, "c": 4.0})
+    {'a': 0.5, 'b': 0.45, 'c': 0.35}
     """
     lowest, best = min(dense.values(), default=0.0), max(lexical.values(), default=1.0)
     return {

@@ -23,10 +23,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 class SearchR3:
     """An instruction model with an embedding token: encodes documents, and queries with or without reasoning.
 
-    >>> model = SearchR3.from_pretrained("default")  # doctest: +SKIP
-    >>> documents = model.encode_documents(["tar archives files", "ls lists files"])  # doctest: +SKIP
-    >>> queries = model.encode_queries(["pack a folder into one file"], reason=True)  # doctest: +SKIP
-    >>> model.similarity(queries, documents).shape  # doctest: +SKIP
+    >>> model = SearchR3.from_pretrained("default")
+    >>> documents = model.encode_documents(["tar archives files", "ls lists files"])
+    >>> queries = model.encode_queries(["pack a folder into one file"], reason=True)
+    >>> model.similarity(queries, documents).shape
     (1, 2)
     """
 
