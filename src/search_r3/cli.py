@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -68,6 +69,7 @@ class Engine(StrEnum):
 
 def main() -> None:
     """Run the command line; errors that a user can mend become one line and exit status 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for its callers' developers
     try:
         app()
     except SearchR3Error as error:
@@ -603,7 +605,9 @@ def export(
         print_json(report)
     else:
         loader = "search_r3.model.openvino.OpenVinoEncoder" if openvino else "SentenceTransformer"
-        out.print(f"Wrote {escape(str(folder))}: {loader}({escape(str(folder))!r}) loads it.")
+        out.print(
+            f"Wrote {escape(str(folder))} from {escape(model.source)}: {loader}({escape(str(folder))!r}) loads it."
+        )
 
 
 @app.command()

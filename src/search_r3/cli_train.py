@@ -131,7 +131,8 @@ def _say_done(folder: Path, json_: bool) -> None:
     if json_:
         print_json({"model": str(folder)})
     else:
-        out.print(f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}")
+        text = f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}"
+        out.print(text, soft_wrap=True)
 
 
 def overlap(

@@ -73,3 +73,11 @@ def test_reinforce_from_the_command_line(base, root, tmp_path):
     assert json.loads(packed.stdout)["kept"] > 0.99
     with pytest.raises(TrainingError, match=r"group\.sample: no such key; did you mean samples\?"):
         run("train", "rl", recipe, "--set", "group.sample=3")
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe", "other"), [("sft", "smoke-rl-cpu.yaml", "train rl"), ("rl", "smoke-cpu.yaml", "train sft")]
+)
+def test_a_recipe_of_the_other_stage_is_named(root, stage, recipe, other):
+    with pytest.raises(TrainingError, match=f"this recipe is for: search-r3 {other}"):
+        run("train", stage, RECIPE.parent / recipe, "--data", root, "--dry-run")

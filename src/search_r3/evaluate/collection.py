@@ -36,6 +36,8 @@ def load_collection(folder: str | Path, split: str = "test", limit: int | None =
     file is missing or broken, when a judged query does not exist, or when no judged document does.
     """
     root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the path of a BEIR folder")
     needed = [root / "corpus.jsonl", root / "queries.jsonl", root / "qrels" / f"{split}.tsv"]
     for path in needed:
         if not path.is_file():

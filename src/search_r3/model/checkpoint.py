@@ -351,7 +351,9 @@ def _load_plain(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Pre
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json; this is not a model folder")
+        inner = folder / "model"
+        hint = f"; this is a run, and its model is {inner}" if (inner / "config.json").exists() else ""
+        raise CheckpointError(f"{folder}: no config.json; this is not a model folder{hint}")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no .safetensors weights; other formats can run code and are refused")
     try:

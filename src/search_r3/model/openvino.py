@@ -7,6 +7,7 @@ needs the model and PyTorch; `OpenVinoEncoder` needs neither, only what `pip ins
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from search_r3.model.search_r3 import SearchR3
 
 GRAPH, SETTINGS, TOKENIZER = "openvino_model.xml", "openvino_settings.json", "tokenizer.json"
+PRECISIONS = ("f32", "bf16", "f16")
 FORMAT = 1
 
 
@@ -36,6 +38,7 @@ def write(model: SearchR3, folder: Path) -> None:
     except ImportError as error:
         raise CheckpointError("OpenVINO is not installed; pip install 'search-r3[openvino]'") from error
     from search_r3.model.attention import NAME
+    from search_r3.model.checkpoint import quiet
     from search_r3.model.graph import EmbedAct
 
     engine = model.engine
@@ -43,7 +46,8 @@ def write(model: SearchR3, folder: Path) -> None:
     act = EmbedAct(engine).eval()
     engine.model.set_attn_implementation("sdpa")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")  # tracing warns of every branch
             shapes = [openvino.PartialShape([-1, -1]), openvino.PartialShape([-1])]
             graph = openvino.convert_model(act, example_input=example, input=shapes)
     except Exception as error:  # many kinds, of OpenVINO's and of tracing
@@ -81,6 +85,10 @@ class OpenVinoEncoder:
         except ImportError as error:
             raise CheckpointError(f"{error.name} is not installed; pip install openvino tokenizers") from error
         place = Path(folder)
+        if precision not in PRECISIONS:
+            raise CheckpointError(f"precision {precision}: choose from {', '.join(PRECISIONS)}")
+        if not place.is_dir():
+            raise CheckpointError(f"{place}: no such folder; make one with `search-r3 export {place} --openvino`")
         try:
             settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
             if settings["format"] != FORMAT:

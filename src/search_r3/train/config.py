@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,13 +17,21 @@ class Strict(BaseModel):
     """An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys that belong to another kind of recipe, and what to do about it."""
 
 
 StrictT = TypeVar("StrictT", bound=Strict)
 
 
+STAGE_2 = "a key of stage 2; this recipe is for: search-r3 train rl"
+STAGE_1 = "a key of stage 1; this recipe is for: search-r3 train sft"
+
+
 class Source(Strict):
     """One training set. Batches are drawn from one source at a time, so that in-batch negatives are meaningful."""
+
+    elsewhere = {"documents": STAGE_2}
 
     path: str
     """BEIR folder, JSONL file of query, positives, negatives, or hf://owner/name; relative to the data folder."""
@@ -105,6 +113,8 @@ class Dev(Strict):
 
 class Recipe(Strict):
     """A supervised run."""
+
+    elsewhere = dict.fromkeys(("group", "reward", "objective", "environment", "guards"), STAGE_2)
 
     model: str = "base"
     """What is trained: `base` (the untrained default), a folder or a hub name; given an embedding token if need be."""
@@ -201,6 +211,8 @@ def _explain(error: ValidationError, kind: type[Strict]) -> str:
     for part in outer:
         if isinstance(part, str):
             model = _inner(model.model_fields[part].annotation)
+    if hint := model.elsewhere.get(str(last)):
+        return f"{place}: {hint}"
     near = difflib.get_close_matches(str(last), model.model_fields, 1, 0)
     return f"{place}: no such key; did you mean {near[0]}?" if near else f"{place}: no such key"
 

@@ -41,6 +41,9 @@ class RetrievalGRPOTrainer(GRPOTrainer):
     engine: of the model in training. rollouter: makes the rollouts of a step. policy: brought up to date before.
     """
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's describes a model that transformers' pipelines use, which a policy of ours is not."""
+
     def __init__(self, *, recipe: RLRecipe, engine: Engine, policy: RolloutPolicy, rollouter: Rollouter, **kwargs: Any):
         self.recipe, self.engine, self.policy, self.rollouter = recipe, engine, policy, rollouter
         self.rollouts: Rollouts | None = None

@@ -109,6 +109,6 @@ def markdown(report: dict[str, Overlap], command: str, dropped: dict[str, int]) 
         "",
         "Left out of the training data beforehand, by reason:",
         "",
-        *(f"- {reason}: {number:,}" for reason, number in sorted(dropped.items())),
+        *([f"- {reason}: {number:,}" for reason, number in sorted(dropped.items())] or ["- nothing"]),
     ]
     return "\n".join(lines) + "\n"

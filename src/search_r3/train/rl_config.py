@@ -9,11 +9,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from search_r3.environment.config import EnvironmentConfig
-from search_r3.train.config import Dev, Lora, Strict, read_yaml
+from search_r3.train.config import STAGE_1, Dev, Lora, Strict, read_yaml
 
 
 class Corpus(Strict):
     """One set of queries and documents that rollouts search."""
+
+    elsewhere = dict.fromkeys(("negatives", "thoughts", "only_thoughts"), STAGE_1)
 
     path: str
     """BEIR folder, relative to the data folder."""
@@ -107,6 +109,8 @@ class Guards(Strict):
 
 class RLRecipe(Strict):
     """A run of reinforcement."""
+
+    elsewhere = dict.fromkeys(("batch", "loss", "shared_prefix"), STAGE_1)
 
     model: str = "default"
     """The stage-1 policy: a folder or a hub name with an embedding token."""
