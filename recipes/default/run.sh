@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The default model, from the untrained one to an adapter to ship:
-#   prepare -> train sft -> bootstrap -> train sft (reasoning) -> train rl -> eval -> package
+#   prepare -> train sft -> bootstrap -> train sft (reasoning) -> train rl -> eval -> package -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
-# tiny: three training sets, a few steps: about half an hour on two cores; shows that all of it works.
+# tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
 # cpu: the shipped recipe's sizes, hours on two cores with native bfloat16.   gpu: one GPU.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove one to do it again.
 set -euo pipefail
@@ -25,18 +25,25 @@ all="squad nq-para medquad-train pydocstring cosqa-train-small tldr nl2bash stra
      clapnq-answers acl-title-abstract scifact"
 few="tldr nq-para scifact"
 case $budget in
-  tiny) sets=$few recipe=cpu steps=(30 10 10 4) queries=48 evaluate="nano-tldr nano-selqa" limit="--limit 40" ;;
-  cpu) sets=$all recipe=cpu steps=(240 48 56 20) queries=160 limit="" ;;
+  tiny) sets=$few recipe=cpu steps=(30 8 8 3) queries=48 evaluate="nano-tldr nano-selqa" limit="--limit 40" ;;
+  cpu) sets=$all recipe=cpu steps=(240 48 90 20) queries=160 limit="" ;;
   gpu) sets=$all recipe=gpu steps=("" 600 600 "") queries=2000 limit="" ;;
   *) echo "--budget $budget: tiny, cpu or gpu" >&2; exit 2 ;;
 esac
+sft=() rl=()
+if [ "$budget" = tiny ]; then
+  sft=("batch.queries=12" "batch.document_tokens=80")
+  rl=("sources=[{path: tldr, limit: 150, documents: 150}, {path: nq-para, limit: 150, documents: 150}]" "group.queries=4")
+fi
 evaluate=${evaluate:-nano-cosqa nano-cranfield nano-medicalqa nano-mkqa-en nano-nfcorpus nano-paper-tldr nano-scifact nano-selqa
   nano-theoremqa nano-tldr}
 
-# sources KEY: a YAML list of the sets with their negatives and, where KEY is given, reasonings from SET/KEY.jsonl.
+# sources EXTRA...: a YAML list of the sets with their negatives, once for each EXTRA (SET stands for the set's name).
 sources() {
-  for set in $sets; do
-    echo "{path: $set, negatives: $set/negatives.jsonl${1:+, thoughts: $set/$1.jsonl${2:+, $2}}}"
+  for extra in "$@"; do
+    for set in $sets; do
+      echo "{path: $set, negatives: $set/negatives.jsonl${extra//SET/$set}}"
+    done
   done | paste -sd, | sed 's/.*/[&]/'
 }
 
@@ -58,10 +65,11 @@ for set in $sets; do
 done
 
 echo "== stage 1: embed"
-stage sft "smollm2-135m-$recipe.yaml" "${steps[0]}" "sources=$(sources)"
+stage sft "smollm2-135m-$recipe.yaml" "${steps[0]}" "sources=$(sources '')" ${sft[@]+"${sft[@]}"}
 
 echo "== cold start of reasoning: write"
-stage write smollm2-135m-write-cpu.yaml "${steps[1]}" "model=$output/sft/model" "sources=$(sources quotes)"
+stage write smollm2-135m-write-cpu.yaml "${steps[1]}" "model=$output/sft/model" "sources=$(sources ', thoughts: SET/quotes.jsonl')" \
+  ${sft[@]+"${sft[@]}"}
 for set in $sets; do  # gone on with where it was interrupted
   search-r3 bootstrap "$data/$set" -o "$output/own-$set.jsonl" -c "$output/write/model" --limit "$queries" --samples 1 \
     --temperature 0.5 --max-new-tokens 40 --least-words 6 --keep-all --precision bfloat16
@@ -69,20 +77,18 @@ for set in $sets; do  # gone on with where it was interrupted
 done
 
 echo "== cold start of reasoning: think"
-stage think smollm2-135m-think-cpu.yaml "${steps[2]}" "model=$output/write/model" \
-  "sources=$(sources own 'only_thoughts: true')"
+stage think smollm2-135m-think-cpu.yaml "${steps[2]}" "model=$output/sft/model" \
+  "sources=$(sources ', weight: 2' ', thoughts: SET/own.jsonl, only_thoughts: true')" ${sft[@]+"${sft[@]}"}
 
 echo "== stage 2: reinforce"
-small=()
-[ "$budget" = tiny ] && small=("sources=[{path: tldr, limit: 200, documents: 200}, {path: nq-para, limit: 200, documents: 200}]")
-stage rl "smollm2-135m-rl-$recipe.yaml" "${steps[3]}" "model=$output/think/model" ${small[@]+"${small[@]}"}
+stage rl "smollm2-135m-rl-$recipe.yaml" "${steps[3]}" "model=$output/think/model" ${rl[@]+"${rl[@]}"}
 
 # measure NAME CHECKPOINT MODES
 measure() {
   [ -f "$output/results-$1.json" ] && return
   # shellcheck disable=SC2086
   search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --modes "$3" $limit --max-tokens 128 --max-new-tokens 48 \
-    --precision bfloat16 -o "$output/results-$1.json" -o "$output/results-$1.md"
+    --precision bfloat16 -o "$output/results-$1.json"
 }
 echo "== evaluate"
 measure base base direct
@@ -90,12 +96,6 @@ measure rl "$output/rl/model" direct,reason,fused,hybrid,control-repeat,control-
 
 echo "== package"
 [ -d "$output/adapter" ] || search-r3 package "$output/rl/model" -o "$output/adapter"
-python - "$output" <<'PYTHON'
-import json, sys
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-before, after = (json.loads((folder / f"results-{name}.json").read_text())["summary"] for name in ("base", "rl"))
-print(json.dumps(after | {"direct_over_untrained": after["average_direct"] / before["average_direct"]}, indent=2))
-PYTHON
-echo "The adapter is in $output/adapter, the tables in $output/results-rl.md."
+echo "== report"
+python recipes/default/report.py --run "$output" --data "$data" --page "$output/results" --card "$output/adapter"
+echo "The adapter is in $output/adapter, the results in $output/results.md."

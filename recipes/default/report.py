@@ -1,0 +1,173 @@
+"""The results page and the model card of a run of run.sh, from the files that the run left.
+
+python recipes/default/report.py --run runs/default --data data --page docs/results --card runs/default/adapter
+
+Writes PAGE.md, PAGE.json and CARD/README.md.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from search_r3.evaluate.report import markdown
+from search_r3.files import write_json, write_text
+
+STAGES = {
+    "sft": "stage 1: embed",
+    "write": "cold start: write what an answer would say",
+    "think": "cold start: embed after one's own writing, and more of stage 1",
+    "rl": "stage 2: GRPO in the retrieval environment",
+}
+
+
+def read(path: Path) -> dict:
+    """A JSON file, or nothing where it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def stages(run: Path) -> list[tuple[str, dict]]:
+    """Name and run.json of every stage that was run, in order."""
+    return [(name, read(run / name / "run.json")) for name in STAGES if (run / name / "run.json").exists()]
+
+
+def lengths(run: Path, report: dict) -> list[str]:
+    """What longer reasonings change."""
+    found = {int(re.findall(r"\d+", path.stem)[-1]): read(path) for path in run.glob("results-length-*.json")}
+    if not found:
+        return []
+    report["lengths"] = {
+        length: {
+            "reason": short["summary"]["average_reason"],
+            "tokens_per_query": _mean(c["modes"]["reason"]["tokens_per_query"] for c in short["collections"].values()),
+        }
+        for length, short in sorted(found.items())
+    }
+    lines = ["## Length of the reasoning", "", "| at most, tokens | tokens/query | reason, nDCG@10 |", "|---|---|---|"]
+    for length, row in report["lengths"].items():
+        lines.append(f"| {length} | {row['tokens_per_query']:.0f} | {row['reason']:.3f} |")
+    return [
+        *lines,
+        "",
+        "Average over the same sets; the rest of a query's tokens are its own and the prompt's end.",
+        "",
+    ]
+
+
+def training(run: Path) -> list[str]:
+    """What each stage did, and what the dev sets said."""
+    lines = ["## Training", "", "| stage | steps | queries a step | learning rate | dev direct | dev reason |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, made in stages(run):
+        recipe = made["recipe"]
+        log = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        dev = [line for line in log if "dev_ndcg10" in line] or [{}]
+        cells = [STAGES[name], str(recipe["steps"]), str(recipe.get("batch", recipe.get("group"))["queries"])]
+        cells.append(f"{recipe['learning_rate']:.0e}")
+        for key in ("dev_ndcg10", "dev_ndcg10_reason"):
+            cells.append(f"{dev[0][key]:.3f} to {dev[-1][key]:.3f}" if key in dev[0] else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        "Dev figures: nDCG@10 on small cuts of the recipes' `dev` sets, before and after the stage.",
+        "",
+    ]
+
+
+def page(run: Path, target: Path) -> dict:
+    """Write TARGET.md and TARGET.json; returns the report."""
+    report, base = read(run / "results-rl.json"), read(run / "results-base.json")
+    before = base["average"]["direct"]["nDCG@10"]
+    report["summary"] |= {
+        "average_direct_untrained": before,
+        "direct_over_untrained": report["summary"]["average_direct"] / before,
+    }
+    more = [*training(run), *lengths(run, report)]
+    text = markdown(report, "recipes/default/run.sh, then recipes/default/report.py")
+    summary = ["## Summary", "", "```json", json.dumps(report["summary"], indent=2), "```", ""]
+    head, rest = text.split("## nDCG@10", 1)
+    body, made = rest.split("## How it was made", 1)
+    pieces = [head + "\n".join(summary), "## nDCG@10" + body + "\n".join(more), "## How it was made" + made]
+    write_json(target.with_suffix(".json"), report)
+    write_text(target.with_suffix(".md"), "\n".join(pieces))
+    return report
+
+
+def card(run: Path, data: Path, folder: Path, report: dict) -> None:
+    """Write FOLDER/README.md."""
+    summary = report["summary"]
+    config = read(folder / "adapter_config.json")
+    sources = sorted({s["path"] for _, made in stages(run) for s in made["recipe"]["sources"]})
+    metas = {source: read(data / source / "meta.json") for source in sources}
+    hashes = [f"- {STAGES[name]}: `{made['data']}`" for name, made in stages(run)]
+    modes = [m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "bm25", "minilm")]
+    lines = [
+        "# search-r3 adapter for SmolLM2-135M-Instruct",
+        "",
+        f"LoRA weights (rank {config['r']} on all linear layers) and the row of the embedding token, in bfloat16. With",
+        "them the model embeds texts for search, with or without reasoning over the query first.",
+        "",
+        "## Results",
+        "",
+        "nDCG@10, mean over the collections of `docs/results.md`:",
+        "",
+        "| " + " | ".join(["untrained, direct", *modes]) + " |",
+        "|---" * (len(modes) + 1) + "|",
+        "| "
+        + " | ".join(
+            [f"{summary['average_direct_untrained']:.3f}", *(f"{report['average'][m]['nDCG@10']:.3f}" for m in modes)]
+        )
+        + " |",
+        "",
+        *(
+            [
+                f"Reasoning changes the direct search by {summary['reason_minus_direct']:+.3f} "
+                f"(p = {summary['p_reason_vs_direct']:.3f}).",
+                "",
+            ]
+            if "reason_minus_direct" in summary
+            else []
+        ),
+        "## Intended use and limits",
+        "",
+        "English search over short passages, on small machines; a start for training on one's own data. What the",
+        "model writes about a query is often false: it is to be embedded, not to be believed. Long documents are cut.",
+        "It was not tested for other languages, nor for how it treats different groups of people.",
+        "",
+        "## Training data",
+        "",
+        "Training splits, decontaminated against the test sets (`docs/overlap.md`).",
+        "",
+        "| set | license |",
+        "|---|---|",
+        *(f"| {source} | {meta.get('license', '')} |" for source, meta in metas.items()),
+        "",
+        "SHA-256 over the examples of each stage:",
+        "",
+        *hashes,
+        "",
+        "## How to repeat it",
+        "",
+        "`recipes/default/run.sh --data data --output runs/default --budget cpu`, on two cores in some hours.",
+        "",
+        "License of the weights: Apache-2.0, as the base model's.",
+    ]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _mean(values) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="the run's folder")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--page", type=Path, default=Path("docs/results"), help="page to write, without suffix")
+    parser.add_argument("--card", type=Path, help="adapter folder whose README.md is written")
+    given = parser.parse_args()
+    made = page(given.run, given.page)
+    if given.card:
+        card(given.run, given.data, given.card, made)
