@@ -155,7 +155,7 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
         (["search", "nowhere", "q"], "nowhere: no index here"),
         (["info", "nowhere"], "nowhere: no such folder"),
         (["embed", "x", "-c", "nowhere"], "nowhere: no such folder"),
-        (["eval", "nowhere", "--modes", "bm25"], "corpus.jsonl: missing"),
+        (["eval", "nowhere", "--modes", "bm25"], "nowhere: no such folder"),
         (["eval", "x", "--modes", "bm26"], "unknown mode bm26"),
         (["eval", "x", "-o", "r.txt"], "must end in .json or .md"),
         (["embed", "x", "--prompts", "nowhere.json"], "nowhere.json: not a readable JSON file"),

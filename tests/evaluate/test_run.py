@@ -82,8 +82,10 @@ def test_empty_documents_are_left_out_and_named(tmp_path):
 def test_broken_collections_are_named(tmp_path, small):
     with pytest.raises(DataError, match=r"qrels/dev\.tsv: missing \(splits here: test\)"):
         load_collection(small, "dev")
-    with pytest.raises(DataError, match=r"corpus\.jsonl: missing"):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
         load_collection(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"corpus\.jsonl: missing"):
+        load_collection(tmp_path)
     (small / "qrels" / "test.tsv").write_text("h\th\th\nunknown\td1\t1\n")
     with pytest.raises(DataError, match="judges query 'unknown'"):
         load_collection(small)
