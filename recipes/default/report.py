@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 from search_r3.evaluate.report import markdown
 from search_r3.files import write_json, write_text
@@ -39,7 +40,7 @@ def lengths(run: Path, report: dict) -> list[str]:
     report["lengths"] = {
         length: {
             "reason": short["summary"]["average_reason"],
-            "tokens_per_query": _mean(c["modes"]["reason"]["tokens_per_query"] for c in short["collections"].values()),
+            "tokens_per_query": fmean(c["modes"]["reason"]["tokens_per_query"] for c in short["collections"].values()),
         }
         for length, short in sorted(found.items())
     }
@@ -84,7 +85,7 @@ def page(run: Path, target: Path) -> dict:
         "direct_over_untrained": report["summary"]["average_direct"] / before,
     }
     more = [*training(run), *lengths(run, report)]
-    text = markdown(report, "recipes/default/run.sh, then recipes/default/report.py")
+    text = markdown(report, f"recipes/default/report.py, from the stages {', '.join(name for name, _ in stages(run))}")
     summary = ["## Summary", "", "```json", json.dumps(report["summary"], indent=2), "```", ""]
     head, rest = text.split("## nDCG@10", 1)
     body, made = rest.split("## How it was made", 1)
@@ -149,16 +150,11 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
         "",
         "## How to repeat it",
         "",
-        "`recipes/default/run.sh --data data --output runs/default --budget cpu`, on two cores in some hours.",
+        "`recipes/default/run.sh --data data --output runs/default --budget cpu` goes the same way on two cores.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
-
-
-def _mean(values) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 if __name__ == "__main__":

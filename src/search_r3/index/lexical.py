@@ -79,8 +79,10 @@ def _tokenise(texts: list[str]) -> Any:
     return bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
 
 
-def fuse_scores(dense: Mapping[str, float], lexical: Mapping[str, float]) -> dict[str, float]:
-    """Cosine + 0.2 * BM25 / the best BM25, for every document of either ranking.
+def fuse_scores(
+    dense: Mapping[str, float], lexical: Mapping[str, float], weight: float = LEXICAL_WEIGHT
+) -> dict[str, float]:
+    """Cosine + weight * BM25 / the best BM25, for every document of either ranking.
 
     Scores keep what ranks lose: by how much a document leads (Bruch et al., 2022, arXiv 2210.11934). A document that
     the dense ranking lacks gets that ranking's lowest score, one that the lexical ranking lacks gets 0. How the weight
@@ -90,6 +92,4 @@ def fuse_scores(dense: Mapping[str, float], lexical: Mapping[str, float]) -> dic
     {'a': 0.5, 'b': 0.45, 'c': 0.35}
     """
     lowest, best = min(dense.values(), default=0.0), max(lexical.values(), default=1.0)
-    return {
-        name: dense.get(name, lowest) + LEXICAL_WEIGHT * lexical.get(name, 0.0) / best for name in {**dense, **lexical}
-    }
+    return {name: dense.get(name, lowest) + weight * lexical.get(name, 0.0) / best for name in {**dense, **lexical}}

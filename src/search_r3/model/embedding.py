@@ -30,6 +30,11 @@ def embed(last_hidden_state: Tensor, input_ids: Tensor, embed_token_id: int, dim
     last_hidden_state: (B, T, H), after the final norm. input_ids: (B, T), aligned with it, padded on either side.
     dims: keep the first `dims` of H components before normalising; None keeps all.
     """
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-    states = last_hidden_state[rows, embed_positions(input_ids, embed_token_id)]  # (B, H)
+    return embed_at(last_hidden_state, embed_positions(input_ids, embed_token_id), dims)
+
+
+def embed_at(last_hidden_state: Tensor, positions: Tensor, dims: int | None = None) -> Tensor:
+    """`embed` where the positions of the embedding tokens, (B,), are known: for graphs, which cannot check them."""
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    states = last_hidden_state[rows, positions]  # (B, H)
     return torch.nn.functional.normalize(states.float()[:, :dims], dim=-1)

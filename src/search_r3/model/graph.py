@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from search_r3.model.embedding import embed_at
 from search_r3.model.engine import Engine
 
 
@@ -41,7 +42,7 @@ class EmbedAct(torch.nn.Module):
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """input_ids: (B, T), padded on the right, each row's last real token the embedding token. lengths: (B,).
 
-        Returns (B, D) float32 unit rows, as `embedding.embed` does; which token is last is the caller's to see to.
+        Returns (B, D) float32 unit rows; that the last token is the embedding token is the caller's to see to.
         """
         rows, width = input_ids.shape
         places = torch.arange(width, device=input_ids.device)
@@ -56,5 +57,4 @@ class EmbedAct(torch.nn.Module):
             ),
             use_cache=True,
         ).last_hidden_state  # (B, T, H)
-        last = states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
-        return torch.nn.functional.normalize(last.float()[:, : self.dimension], dim=-1)
+        return embed_at(states, lengths - 1, self.dimension)

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from search_r3.model.search_r3 import SearchR3
 
 GRAPH, SETTINGS, TOKENIZER = "openvino_model.xml", "openvino_settings.json", "tokenizer.json"
-PRECISIONS = ("f32", "bf16", "f16")
+PRECISIONS = ("f32", "bf16")
 FORMAT = 1
 
 
@@ -131,6 +131,5 @@ class OpenVinoEncoder:
             for place, row in enumerate(rows):
                 ids[place, : len(tails[row])] = tails[row]
             lengths = np.array([len(tails[row]) for row in rows], dtype=np.int64)
-            outputs: Any = self._graph([ids, lengths])
-            vectors[rows] = outputs[0][:, : self.dimension]
+            vectors[rows] = self._graph([ids, lengths])[0]
         return vectors

@@ -151,10 +151,10 @@ class SupervisedTrainer(Trainer):
         if weights.kl and (spoken.any() or self.sharded):
             with torch.no_grad(), self._base(model) as base, self.compute_loss_context_manager():
                 expected = self._pass(base, batch, part).logits
-        if weights.kl and spoken.any():
-            kl = kl_to_base(expected[spoken], output.logits[spoken]) * (spoken.sum() / plain)
-            loss = loss + weights.kl * kl
-            terms["kl"] = terms.get("kl", 0) + kl.detach()
+            if spoken.any():
+                kl = kl_to_base(expected[spoken], output.logits[spoken]) * (spoken.sum() / plain)
+                loss = loss + weights.kl * kl
+                terms["kl"] = terms.get("kl", 0) + kl.detach()
         return loss
 
     @contextlib.contextmanager
