@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from search_r3.train.reinforce import ENVIRONMENT, prepare, train
 from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
 from search_r3.train.run import METRICS, TABLE
-from tests.train.test_supervised import assert_equal, weights
+from tests.conftest import build_base
+from tests.train.test_supervised import assert_equal, run_sharded, weights
 
 
 def build(base, **changes):
@@ -221,6 +223,41 @@ def test_two_processes_equal_one(rl, root, tmp_path):
     one, two = log(tmp_path / "1"), log(tmp_path / "2")
     for name in ("reward_rank", "format_rate", "length", "info_nce"):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], abs=1e-4), name
+
+
+def test_sharded_weights_equal_whole_ones_and_resume(rl, root, tmp_path):
+    recipe = rl(environment={"policy": "frozen"}, dev={"sets": ["train"], "every": 2, "queries": 8})
+    whole, output = run(recipe, root, tmp_path / "whole"), tmp_path / "sharded"
+    for more in ([], ["--resume"]):
+        done = run_sharded(recipe, root, output, *more, stage="rl")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (output / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()  # it was FSDP
+        assert_equal(weights(whole), weights(output / "model"), 1e-5)
+        assert dev(tmp_path / "whole") == pytest.approx(dev(output), abs=1e-6)
+        shutil.rmtree(output / "model")
+        shutil.rmtree(output / "checkpoint-4")
+
+
+def test_sharded_weights_without_adapters_equal_whole_ones(rl, root, tmp_path):
+    recipe = rl(model=str(build_base(tmp_path / "base", tied=False)), environment={"policy": "frozen"}, lora=None)
+    whole = run(recipe, root, tmp_path / "whole")
+    done = run_sharded(recipe, root, tmp_path / "sharded", stage="rl")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
+
+
+def test_sharded_weights_in_mixed_precision(rl, root, tmp_path):
+    recipe = rl(precision="bfloat16", rollout_precision="bfloat16", gradient_checkpointing=True)
+    done = run_sharded(recipe, root, tmp_path / "sharded", stage="rl")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in log(tmp_path / "sharded"):
+        assert np.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+
+
+def dev(folder):
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [line["dev_ndcg10"] for line in lines if "dev_ndcg10" in line]
 
 
 def test_two_processes_refresh_and_resample_in_step(rl, root, tmp_path):

@@ -165,11 +165,11 @@ FSDP = {
 }
 
 
-def run_sharded(recipe, root, output, *more):
+def run_sharded(recipe, root, output, *more, stage="sft"):
     file = root / "sharded.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.train.sharded", "train", "sft", str(file), "--data", str(root), "--output", str(output)]
+    command += ["-m", "tests.train.sharded", "train", stage, str(file), "--data", str(root), "--output", str(output)]
     return subprocess.run(
         [*command, *more],
         capture_output=True,

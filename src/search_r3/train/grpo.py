@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 
 from search_r3.errors import TrainingError
@@ -55,8 +56,18 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         self._packed = Forward(engine)
         if self.ref_model is not None:  # TRL loads it by name, which is the base's where the policy was an adapter
             reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.load_state_dict(engine.model.state_dict())
+            set_model_state_dict(reference, engine.model.state_dict(), options=StateDictOptions(full_state_dict=True))
             self._packed.watch(reference)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before the first step: one pass of one token with everything trainable.
+
+        FSDP settles in its first pass in which precision it hands out gradients. TRL's first is the reference's, with
+        adapters off, when nothing seems to want any.
+        """
+        packed, ids = self._packed.pack("reason", [[self.engine.embed_token_id]])
+        self._packed.run(self.model, ids, packed)
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 

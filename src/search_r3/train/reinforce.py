@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
@@ -133,8 +134,8 @@ def train(
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
     settings = arguments(recipe, str(output), state.num_processes, progress)
-    if state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise TrainingError("stage 2 does not run with sharded weights yet; launch it without FSDP or DeepSpeed")
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        raise TrainingError("stage 2 does not run under DeepSpeed; shard the weights with FSDP (accelerate --use_fsdp)")
     with state.main_process_first():
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
@@ -170,7 +171,7 @@ def train(
     rollouter = Rollouter(
         recipe, environment, prepared.queries, sample, gather_object, state.process_index, spare=prepared.order
     )
-    stopper = _Guard(recipe.guards)
+    stopper, adapter = _Guard(recipe.guards), _adapter(recipe)
     test = DevTest(policy.engine, recipe.dev, root)
     from datasets import Dataset
 
@@ -182,7 +183,7 @@ def train(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": prepared.order}),
-        peft_config=_adapter(recipe),
+        peft_config=adapter,
         callbacks=[Track(output / METRICS), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
@@ -197,14 +198,16 @@ def train(
             f"stopped at step {trainer.state.global_step}: {stopper.reason}; what was saved is in {output}"
         )
     model.generation_config.eos_token_id = ends or None
-    return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
+
+    def wrap(model: PreTrainedModel) -> Any:
+        return model if adapter is None else get_peft_model(model, adapter)
+
+    return finish(trainer, output, recipe.model, tokenizer, manifest, wrap)
 
 
 def _adapter(recipe: RLRecipe) -> Any:
     if recipe.lora is None:
         return None
-    from peft import LoraConfig
-
     return LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
@@ -221,6 +224,7 @@ class _Keeper(TrainerCallback):
         self.trainer, self.environment, self.output, self.last = trainer, environment, output, last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
         self.trainer.policy.sync(self.trainer.accelerator.unwrap_model(self.trainer.model))
         if self.last is None:
             self.environment.reset()

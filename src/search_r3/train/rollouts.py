@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from search_r3.environment import Outcome, RetrievalEnvironment
 from search_r3.model.engine import Engine
@@ -40,17 +41,20 @@ class RolloutPolicy:
 
     @torch.no_grad()
     def sync(self, trained: torch.nn.Module) -> None:
-        """Take over the weights in training. trained: the causal LM, perhaps with adapters, not wrapped otherwise."""
+        """Take over the weights in training. trained: the causal LM, perhaps with adapters or in shards.
+
+        Of shards every process must call, for each weight is gathered from all of them.
+        """
         from peft.tuners.lora import LoraLayer
 
         for name, part in trained.named_modules():
             if isinstance(part, LoraLayer):
                 base: Any = part.get_base_layer()
                 merged = base.weight + sum(part.get_delta_weight(a) for a in part.active_adapters)
-                self._weights[f"{_plain(name)}.weight"].copy_(merged)
+                self._weights[f"{_plain(name)}.weight"].copy_(_whole(merged))
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad and "lora_" not in name:
-                self._weights[_plain(name)].copy_(parameter)
+                self._weights[_plain(name)].copy_(_whole(parameter))
 
     def sample(self, queries: Sequence[str], recipe: RLRecipe, seed: int, first_row: int) -> list[Reasoned]:
         """G reasonings of each query, side by side. first_row: how many rollouts other processes have before these."""
@@ -63,6 +67,10 @@ class RolloutPolicy:
         """(n, D) unit rows, as the environment wants them."""
         texts = [document.content for document in documents]
         return self.engine.encode(self.engine.tails(texts, "embed", self.document_tokens), "embed")
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from search_r3.errors import CheckpointError, TrainingError
@@ -98,15 +100,33 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
     return load(prepared)
 
 
+def sharded(accelerator: Accelerator) -> bool:
+    """No process holds all weights: every pass is a common act, and all processes must make the same passes."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
 def finish(
-    trainer: Trainer, output: Path, adapted: bool, name: str, tokenizer: PreTrainedTokenizerBase, manifest: Manifest
+    trainer: Trainer,
+    output: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest,
+    wrap: Callable[[PreTrainedModel], Any],
 ) -> Path:
-    """Write the trained model, adapters merged, as a plain checkpoint. name: of the model it was made from."""
+    """Write the trained model, adapters merged, as a plain checkpoint.
+
+    name: of the model it was made from. wrap: puts around that model what the trainer's has around it; needed where
+    the weights are sharded, which are gathered into a model of that form.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded(trainer.accelerator) else None
     if trainer.accelerator.is_main_process and not (output / FINAL).exists():
-        merged = trainer.accelerator.unwrap_model(trainer.model)
+        merged: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if weights is not None:
+            merged = wrap(load_model(name, output)[0])
+            merged.load_state_dict(weights)
         save(
             output / FINAL,
-            merged.merge_and_unload() if adapted else merged,
+            merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged,
             tokenizer,
             manifest.prompts,
             embed_token=manifest.embed_token,

@@ -122,20 +122,11 @@ def train(
         if state.is_main_process:
             logging.getLogger(__name__).warning("sharded weights: no tests while training; run search-r3 eval after it")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.sharded:
-        trainer.model = _whole(trainer, recipe, output)
-    return finish(trainer, output, recipe.lora is not None, recipe.model, tokenizer, manifest)
 
+    def wrap(model: PreTrainedModel) -> Any:
+        return model if recipe.lora is None else _with_adapter(model, recipe, manifest)
 
-def _whole(trainer: SupervisedTrainer, recipe: Recipe, output: Path) -> Any:
-    """The trained model on the main process, gathered from all of them."""
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    if not trainer.accelerator.is_main_process:
-        return trainer.model
-    model, _, manifest = load_model(recipe.model, output)
-    whole = _with_adapter(model, recipe, manifest) if recipe.lora is not None else model
-    whole.load_state_dict(weights)
-    return whole
+    return finish(trainer, output, recipe.model, tokenizer, manifest, wrap)
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:

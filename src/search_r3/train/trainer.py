@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer
 
@@ -16,6 +16,7 @@ from search_r3.errors import TrainingError
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.losses import anisotropy, info_nce, kl_to_base, sft_nll, triplet_margin, uniformity
+from search_r3.train.run import sharded
 from search_r3.train.step import ChunkOutput, Forward, StepBatch, chunks
 
 
@@ -98,8 +99,8 @@ class SupervisedTrainer(Trainer):
 
     @property
     def sharded(self) -> bool:
-        """No process holds all weights: every pass is a common act, and all processes must make the same passes."""
-        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+        """See `run.sharded`."""
+        return sharded(self.accelerator)
 
     def _even(self, parts: list[list[int]]) -> list[list[int]]:
         """As many chunks as the process with the most has, the added ones empty."""
