@@ -21,7 +21,7 @@ from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
 from search_r3.train.run import METRICS, TABLE
 from tests.conftest import build_base
-from tests.train.test_supervised import assert_equal, run_sharded, weights
+from tests.train.test_supervised import STATES, assert_equal, run_sharded, sharders, weights
 
 
 def build(base, **changes):
@@ -225,13 +225,14 @@ def test_two_processes_equal_one(rl, root, tmp_path):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], abs=1e-4), name
 
 
-def test_sharded_weights_equal_whole_ones_and_resume(rl, root, tmp_path):
+@sharders
+def test_sharded_weights_equal_whole_ones_and_resume(rl, root, tmp_path, sharder):
     recipe = rl(environment={"policy": "frozen"}, dev={"sets": ["train"], "every": 2, "queries": 8})
     whole, output = run(recipe, root, tmp_path / "whole"), tmp_path / "sharded"
     for more in ([], ["--resume"]):
-        done = run_sharded(recipe, root, output, *more, stage="rl")
+        done = run_sharded(recipe, root, output, *more, stage="rl", sharder=sharder)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert (output / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()  # it was FSDP
+        assert (output / "checkpoint-4" / STATES[sharder]).exists()
         assert_equal(weights(whole), weights(output / "model"), 1e-5)
         assert dev(tmp_path / "whole") == pytest.approx(dev(output), abs=1e-6)
         shutil.rmtree(output / "model")

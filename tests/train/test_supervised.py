@@ -161,11 +161,13 @@ FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "OMP_NUM_THREADS": "1",
 }
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+STATES = {"fsdp": "pytorch_model_fsdp.bin", "deepspeed": "latest"}  # a file that tells who saved a checkpoint
+sharders = pytest.mark.parametrize("sharder", ["fsdp", "deepspeed"])
 
 
-def run_sharded(recipe, root, output, *more, stage="sft"):
+def run_sharded(recipe, root, output, *more, stage="sft", sharder="fsdp", **changes):
     file = root / "sharded.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -175,25 +177,32 @@ def run_sharded(recipe, root, output, *more, stage="sft"):
         capture_output=True,
         text=True,
         timeout=180,
-        env=os.environ | FSDP,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (FSDP if sharder == "fsdp" else DEEPSPEED) | changes,
         cwd=Path(__file__).parents[2],
     )
 
 
-def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path):
+@sharders
+def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path, sharder):
     base = build_base(tmp_path / "untied", tied=False)
     # Texts of unequal length in small chunks: one process has fewer chunks than the other.
     recipe = with_batch(recipe.model_copy(update={"model": str(base)}), chunk_tokens=40)
     whole = train(prepare(recipe, root), root, tmp_path / "whole", progress=False)
-    done = run_sharded(recipe, root, tmp_path / "sharded")
+    done = run_sharded(recipe, root, tmp_path / "sharded", sharder=sharder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "sharded" / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()  # it was FSDP
+    assert (tmp_path / "sharded" / "checkpoint-6" / STATES[sharder]).exists()
     assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
     shutil.rmtree(tmp_path / "sharded" / "model")
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-6")
-    done = run_sharded(recipe, root, tmp_path / "sharded", "--resume")
+    done = run_sharded(recipe, root, tmp_path / "sharded", "--resume", sharder=sharder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
+
+
+def test_deepspeed_may_not_shard_the_weights_themselves(recipe, root, tmp_path):
+    done = run_sharded(recipe, root, tmp_path / "run", sharder="deepspeed", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+    assert done.returncode != 0
+    assert "ZeRO stage 3 is not supported; take stage 2" in done.stderr
 
 
 def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path):

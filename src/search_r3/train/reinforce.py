@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -37,7 +37,18 @@ from search_r3.train.data import Dropped, dump, load_examples
 from search_r3.train.rewards import Scorer, audited
 from search_r3.train.rl_config import Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
-from search_r3.train.run import METRICS, TABLE, DevTest, Track, claim, finish, keep_until, latest, load_model
+from search_r3.train.run import (
+    METRICS,
+    TABLE,
+    DevTest,
+    Track,
+    claim,
+    finish,
+    keep_until,
+    latest,
+    load_model,
+    refuse_zero3,
+)
 
 ENVIRONMENT = "environment.safetensors"
 
@@ -134,8 +145,7 @@ def train(
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
     settings = arguments(recipe, str(output), state.num_processes, progress)
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        raise TrainingError("stage 2 does not run under DeepSpeed; shard the weights with FSDP (accelerate --use_fsdp)")
+    refuse_zero3(settings)
     with state.main_process_first():
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_collection
@@ -101,8 +101,18 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def sharded(accelerator: Accelerator) -> bool:
-    """No process holds all weights: every pass is a common act, and all processes must make the same passes."""
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+    """FSDP or DeepSpeed: every pass is a common act, and all processes must make the same passes."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def refuse_zero3(arguments: TrainingArguments) -> None:
+    """Raises TrainingError where DeepSpeed would shard the weights themselves, which no pass of ours could gather."""
+    plugin = arguments.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise TrainingError(
+            "DeepSpeed's ZeRO stage 3 is not supported; take stage 2 (--zero_stage 2), or shard the weights with FSDP "
+            "(accelerate launch --use_fsdp)"
+        )
 
 
 def finish(

@@ -27,7 +27,7 @@ from search_r3.model.checkpoint import Manifest, quiet
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan
-from search_r3.train.run import METRICS, DevTest, Track, claim, finish, latest, load_model
+from search_r3.train.run import METRICS, DevTest, Track, claim, finish, latest, load_model, refuse_zero3
 from search_r3.train.step import Collator
 from search_r3.train.trainer import SupervisedTrainer
 
@@ -85,6 +85,7 @@ def train(
     elif recipe.loss.kl:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
     arguments = _arguments(recipe, output, progress)
+    refuse_zero3(arguments)
     engine.model.to(arguments.device)
     engine.device = arguments.device
     if reference is not None:
@@ -110,9 +111,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     test.log = trainer.log
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise TrainingError("stage 1 does not run under DeepSpeed; shard the weights with FSDP (accelerate --use_fsdp)")
-    if trainer.sharded and recipe.lora is not None and model.config.get_text_config().tie_word_embeddings:
+    fsdp = trainer.accelerator.distributed_type == DistributedType.FSDP
+    if fsdp and recipe.lora is not None and model.config.get_text_config().tie_word_embeddings:
         raise TrainingError(
             f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
             "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"

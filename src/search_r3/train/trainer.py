@@ -90,12 +90,20 @@ class SupervisedTrainer(Trainer):
                     loss = (output.vectors * gradient[part]).sum() + world * language
                     total = total + world * language.detach()
                     if not last:
-                        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                        self._accumulate(loss / self.current_gradient_accumulation_steps)
         if not torch.isfinite(total):
             self._not_finite(batch)
         self._note(terms, batch, vectors.detach())
         result: Tensor = loss + (total - loss).detach()  # the gradient of one, the value of the other
         return result
+
+    def _accumulate(self, loss: Tensor) -> None:
+        """A backward pass after which DeepSpeed does not make its step yet."""
+        state = self.accelerator.gradient_state
+        due = state.sync_gradients
+        state._set_sync_gradients(False)
+        self.accelerator.backward(loss)
+        state._set_sync_gradients(due)
 
     @property
     def sharded(self) -> bool:
