@@ -26,10 +26,10 @@ def brute(queries, vectors, alive, k):
 
 
 @pytest.mark.parametrize("block", [1, 4000, 64 << 20])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_exact_equals_brute_force_over_any_block(rng, block, dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "asked"), [("float32", 7), ("float16", exact.FEW), ("float16", exact.FEW + 1)])
+def test_exact_equals_brute_force_over_any_block(rng, block, dtype, asked, monkeypatch):
     monkeypatch.setattr(exact, "BLOCK_BYTES", block)
-    vectors, queries = unit(rng, 500, 16).astype(dtype), unit(rng, 7, 16)
+    vectors, queries = unit(rng, 500, 16).astype(dtype), unit(rng, asked, 16)
     alive = rng.random(500) > 0.3
     scores, rows = ExactIndex(vectors, alive).search(queries, 10)
     np.testing.assert_array_equal(rows, brute(queries, vectors, alive, 10))
