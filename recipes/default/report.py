@@ -102,7 +102,9 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
     sources = sorted({s["path"] for _, made in stages(run) for s in made["recipe"]["sources"]})
     metas = {source: read(data / source / "meta.json") for source in sources}
     hashes = [f"- {STAGES[name]}: `{made['data']}`" for name, made in stages(run)]
-    modes = [m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "bm25", "minilm")]
+    modes = [
+        m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "reason-hybrid", "bm25", "minilm")
+    ]
     lines = [
         "# search-r3 adapter for SmolLM2-135M-Instruct",
         "",

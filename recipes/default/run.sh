@@ -92,7 +92,7 @@ measure() {
 }
 echo "== evaluate"
 measure base base direct
-measure rl "$output/rl/model" direct,reason,fused,hybrid,control-repeat,control-fixed,control-other,bm25,minilm
+measure rl "$output/rl/model" direct,reason,fused,hybrid,reason-hybrid,control-repeat,control-fixed,control-other,bm25,minilm
 
 echo "== package"
 [ -d "$output/adapter" ] || search-r3 package "$output/rl/model" -o "$output/adapter"

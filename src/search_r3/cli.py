@@ -441,8 +441,8 @@ def eval_(
 ) -> None:
     """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
 
-    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), control-repeat, control-fixed,
-    control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing.
+    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, control-repeat,
+    control-fixed, control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing.
 
     Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
     """

@@ -9,7 +9,17 @@ from search_r3.evaluate.collection import DEMO, load_collection
 from search_r3.evaluate.report import markdown, rich_table
 from search_r3.evaluate.run import evaluate, summarise
 
-MODES = ("direct", "reason", "fused", "hybrid", "control-repeat", "control-fixed", "control-other", "bm25")
+MODES = (
+    "direct",
+    "reason",
+    "fused",
+    "hybrid",
+    "reason-hybrid",
+    "control-repeat",
+    "control-fixed",
+    "control-other",
+    "bm25",
+)
 
 
 def make(folder: Path, documents: list[dict], queries: list[dict], qrels: str) -> Path:

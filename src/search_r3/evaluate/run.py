@@ -24,7 +24,16 @@ from search_r3.records import Reasoned, Status
 from search_r3.retriever import Retriever, fuse_vectors, margin
 
 Mode = Literal[
-    "direct", "reason", "fused", "hybrid", "control-repeat", "control-fixed", "control-other", "bm25", "minilm"
+    "direct",
+    "reason",
+    "fused",
+    "hybrid",
+    "reason-hybrid",
+    "control-repeat",
+    "control-fixed",
+    "control-other",
+    "bm25",
+    "minilm",
 ]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEPTH = 100  # documents retrieved for each query
@@ -185,7 +194,7 @@ def _run_model(
         search("direct", direct, direct_seconds, direct_tokens)
     if "hybrid" in modes:
         search("hybrid", direct, direct_seconds, direct_tokens, texts)
-    if not set(modes) & {"reason", "fused", *CONTROLS}:
+    if not set(modes) & {"reason", "fused", "reason-hybrid", *CONTROLS}:
         return
     started = time.perf_counter()
     reasoned = model.reason(texts, max_new_tokens=max_new_tokens, progress=progress)
@@ -196,6 +205,8 @@ def _run_model(
     tokens = prompt_tokens + sum(len(r.token_ids) for r in reasoned)
     if "reason" in modes:
         search("reason", vectors, seconds, tokens)
+    if "reason-hybrid" in modes:
+        search("reason-hybrid", vectors, seconds, tokens, texts)
     if "fused" in modes:
         search("fused", fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens)
     thoughts = engine.plain_ids([r.text for r in reasoned])
