@@ -43,7 +43,7 @@ from search_r3.cli_common import (
     write_reports,
 )  # fmt: skip
 from search_r3.cli_serve import serve
-from search_r3.cli_train import bootstrap, mine, overlap, package, plot, train
+from search_r3.cli_train import average, bootstrap, mine, overlap, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
@@ -669,5 +669,6 @@ app.command()(serve)
 app.command()(mine)
 app.command()(overlap)
 app.command()(bootstrap)
+app.command()(average)
 app.command()(package)
 app.add_typer(plot, name="plot")

@@ -273,6 +273,26 @@ def package(
     print_json(report) if json_ else out.print_json(data=report)
 
 
+def average(
+    first: Annotated[str, typer.Argument(help="Checkpoint, for example from before stage 2.")],
+    second: Annotated[str, typer.Argument(help="Another of the same base, for example from after it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder to write.")],
+    weight: Annotated[float, typer.Option(help="Of the second, 0 to 1.")] = 0.5,
+    json_: Json = False,
+) -> None:
+    """Average the weights of two checkpoints: a model between them.
+
+    Example:  search-r3 average runs/think/model runs/rl/model -o runs/between --weight 0.7
+    """
+    from search_r3.train.average import average as mean
+
+    with err.status("averaging"):
+        manifest = mean(first, second, output, weight)
+    print_json({"output": str(output), "weights_sha256": manifest.weights_sha256}) if json_ else out.print(
+        f"Wrote {output}. Measure it with: search-r3 eval DATASET -c {output}", soft_wrap=True, highlight=False
+    )
+
+
 plot = typer.Typer(no_args_is_help=True, help="Draw: the curves of a `run`, or a `map` of an index.")
 
 

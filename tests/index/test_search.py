@@ -37,14 +37,16 @@ def test_exact_equals_brute_force_over_any_block(rng, block, dtype, asked, monke
     assert scores.dtype == np.float32
 
 
-def test_exact_pads_when_there_is_too_little(rng):
-    vectors = unit(rng, 3, 4)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_exact_pads_when_there_is_too_little(rng, dtype):
+    vectors = unit(rng, 3, 4).astype(dtype)
     alive = np.array([True, False, True])
     scores, rows = ExactIndex(vectors, alive).search(vectors[:1], 5)
     assert rows[0, :2].tolist()[0] == 0
     assert rows[0, 2:].tolist() == [-1, -1, -1]
     assert np.isneginf(scores[0, 2:]).all()
-    assert ExactIndex(np.empty((0, 4), np.float32)).search(vectors, 2)[1].tolist() == [[-1, -1]] * 3
+    assert ExactIndex(np.empty((0, 4), dtype)).search(vectors, 2)[1].tolist() == [[-1, -1]] * 3
+    assert ExactIndex(vectors).search(vectors[:0], 2)[1].shape == (0, 2)
 
 
 def test_equal_scores_are_ordered_by_row():

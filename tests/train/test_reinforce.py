@@ -247,9 +247,10 @@ def test_sharded_weights_without_adapters_equal_whole_ones(rl, root, tmp_path):
     assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
 
 
-def test_sharded_weights_in_mixed_precision(rl, root, tmp_path):
+@sharders
+def test_sharded_weights_in_mixed_precision(rl, root, tmp_path, sharder):
     recipe = rl(precision="bfloat16", rollout_precision="bfloat16", gradient_checkpointing=True)
-    done = run_sharded(recipe, root, tmp_path / "sharded", stage="rl")
+    done = run_sharded(recipe, root, tmp_path / "sharded", stage="rl", sharder=sharder)
     assert done.returncode == 0, done.stderr[-3000:]
     for line in log(tmp_path / "sharded"):
         assert np.isfinite(line["loss"])

@@ -161,6 +161,7 @@ FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # as accelerate launch sets it
 }
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
 STATES = {"fsdp": "pytorch_model_fsdp.bin", "deepspeed": "latest"}  # a file that tells who saved a checkpoint
@@ -203,6 +204,13 @@ def test_deepspeed_may_not_shard_the_weights_themselves(recipe, root, tmp_path):
     done = run_sharded(recipe, root, tmp_path / "run", sharder="deepspeed", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
     assert done.returncode != 0
     assert "ZeRO stage 3 is not supported; take stage 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_fsdp_is_refused(recipe, root, tmp_path):
+    done = run_sharded(recipe, root, tmp_path / "run", FSDP_VERSION="1")
+    assert done.returncode != 0
+    assert "the first version of FSDP is not supported; take the second: accelerate launch" in done.stderr
 
 
 def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path):

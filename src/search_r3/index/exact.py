@@ -29,12 +29,13 @@ class ExactIndex:
         return len(self.vectors) if self.alive is None else int(self.alive.sum())
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`. Equal scores are ordered by row number."""
+        """See `Index.search`. queries: unit rows. Equal scores are ordered by row number."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)  # (Q, D)
         count, width = self.vectors.shape
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
-        score = _score_halves if self.vectors.dtype == np.float16 and len(queries) <= FEW and numkong else _score
+        halves = numkong and self.vectors.dtype == np.float16 and self.vectors.flags.c_contiguous
+        score = _score_halves if halves and 0 < len(queries) <= FEW else _score
         step = max(k, BLOCK_BYTES // (4 * width), 1)
         for start in range(0, count, step):
             block = self.vectors[start : start + step]  # (S, D)

@@ -52,6 +52,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         self._vectors: Tensor | None = None
         self._targets: dict[str, Tensor] = {}
         self._unscorable = False
+        if recipe.backend == "vllm":
+            kwargs["args"].generation_kwargs = {"stop_token_ids": sorted(self._control)}
         super().__init__(reward_funcs=[total], rollout_func=_roll_out, processing_class=engine.tokenizer, **kwargs)
         self._packed = Forward(engine)
         if self.ref_model is not None:  # TRL loads it by name, which is the base's where the policy was an adapter

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
@@ -42,12 +41,13 @@ from search_r3.train.run import (
     TABLE,
     DevTest,
     Track,
+    check_sharding,
     claim,
     finish,
     keep_until,
     latest,
     load_model,
-    refuse_zero3,
+    under_fsdp,
 )
 
 ENVIRONMENT = "environment.safetensors"
@@ -145,18 +145,20 @@ def train(
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
     settings = arguments(recipe, str(output), state.num_processes, progress)
-    refuse_zero3(settings)
+    check_sharding(settings)
+    if under_fsdp() and recipe.backend != "ours":
+        raise TrainingError(f"backend {recipe.backend} does not write with sharded weights; take backend: ours")
     with state.main_process_first():
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
             claim(output, recipe.model_dump(), prepared.fingerprint, notes, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output, [ENVIRONMENT])
-    model.to(settings.device)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     model.generation_config.eos_token_id = sorted({*ends, manifest.embed_token_id})
     engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id)
+    engine.device = settings.device  # the trainer moves the model there, whole or in shards
     model.train()
     group, dtype = recipe.group, torch.bfloat16 if recipe.rollout_precision == "bfloat16" else torch.float32
     policy = RolloutPolicy(engine, dtype, group.document_tokens, group.decode_rows)
@@ -181,7 +183,7 @@ def train(
     rollouter = Rollouter(
         recipe, environment, prepared.queries, sample, gather_object, state.process_index, spare=prepared.order
     )
-    stopper, adapter = _Guard(recipe.guards), _adapter(recipe)
+    stopper = _Guard(recipe.guards)
     test = DevTest(policy.engine, recipe.dev, root)
     from datasets import Dataset
 
@@ -193,7 +195,7 @@ def train(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": prepared.order}),
-        peft_config=adapter,
+        peft_config=_adapter(recipe),
         callbacks=[Track(output / METRICS), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
@@ -208,16 +210,14 @@ def train(
             f"stopped at step {trainer.state.global_step}: {stopper.reason}; what was saved is in {output}"
         )
     model.generation_config.eos_token_id = ends or None
-
-    def wrap(model: PreTrainedModel) -> Any:
-        return model if adapter is None else get_peft_model(model, adapter)
-
-    return finish(trainer, output, recipe.model, tokenizer, manifest, wrap)
+    return finish(trainer, output, recipe.model, tokenizer, manifest)
 
 
 def _adapter(recipe: RLRecipe) -> Any:
     if recipe.lora is None:
         return None
+    from peft import LoraConfig
+
     return LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,

@@ -34,7 +34,7 @@ class RolloutPolicy:
     """
 
     def __init__(self, engine: Engine, dtype: torch.dtype, document_tokens: int, decode_rows: int):
-        model = copy.deepcopy(engine.model).to(dtype).eval().requires_grad_(False)
+        model = copy.deepcopy(engine.model).to(engine.device, dtype).eval().requires_grad_(False)
         self.engine = Engine(model, engine.tokenizer, engine.prompts, engine.embed_token_id)
         self.document_tokens, self.decode_rows = document_tokens, decode_rows
         self._weights = dict(model.named_parameters())

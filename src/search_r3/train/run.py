@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, str_to_bool
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json, write_text
-from search_r3.model.checkpoint import Manifest, Parent, initialise, load, resolve, save
+from search_r3.model.checkpoint import Manifest, Parent, initialise, load, quiet, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
 from search_r3.train.config import Dev
@@ -105,35 +106,44 @@ def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def refuse_zero3(arguments: TrainingArguments) -> None:
-    """Raises TrainingError where DeepSpeed would shard the weights themselves, which no pass of ours could gather."""
+FSDP2 = (
+    "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT "
+    "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+)
+
+
+def under_fsdp() -> bool:
+    """Whether accelerate was told to shard the weights."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def check_sharding(arguments: TrainingArguments) -> None:
+    """Raises TrainingError for ways of sharding that are not supported, before anything is written."""
     plugin = arguments.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise TrainingError(
-            "DeepSpeed's ZeRO stage 3 is not supported; take stage 2 (--zero_stage 2), or shard the weights with FSDP "
-            "(accelerate launch --use_fsdp)"
+            f"DeepSpeed's ZeRO stage 3 is not supported; take stage 2 (--zero_stage 2), or shard the weights: {FSDP2}"
         )
+    if under_fsdp() and os.environ.get("FSDP_VERSION") != "2":
+        raise TrainingError(f"the first version of FSDP is not supported; take the second: {FSDP2}")
 
 
-def finish(
-    trainer: Trainer,
-    output: Path,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    manifest: Manifest,
-    wrap: Callable[[PreTrainedModel], Any],
-) -> Path:
-    """Write the trained model, adapters merged, as a plain checkpoint.
-
-    name: of the model it was made from. wrap: puts around that model what the trainer's has around it; needed where
-    the weights are sharded, which are gathered into a model of that form.
-    """
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded(trainer.accelerator) else None
+def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> Path:
+    """Write the trained model, adapters merged, as a plain checkpoint. name: of the model it was made from."""
+    weights = trainer.accelerator.get_state_dict(trainer.model) if under_fsdp() else None
     if trainer.accelerator.is_main_process and not (output / FINAL).exists():
         merged: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if weights is not None:
-            merged = wrap(load_model(name, output)[0])
-            merged.load_state_dict(weights)
+        if sharded(trainer.accelerator):  # what was trained, put into the model it was made from, in float32
+            weights = weights or merged.state_dict()
+            trained = {part for part, parameter in merged.named_parameters() if parameter.requires_grad}
+            adapters = getattr(merged, "peft_config", None)
+            merged = load_model(name, output)[0]
+            if adapters is not None:
+                from peft import get_peft_model
+
+                with quiet():
+                    merged = get_peft_model(merged, adapters["default"])
+            merged.load_state_dict({part: weights[part] for part in trained}, strict=False)
         save(
             output / FINAL,
             merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged,

@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
-from search_r3.model.checkpoint import Manifest, quiet
+from search_r3.model.checkpoint import Manifest, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan
-from search_r3.train.run import METRICS, DevTest, Track, claim, finish, latest, load_model, refuse_zero3
+from search_r3.train.run import METRICS, DevTest, Track, check_sharding, claim, finish, latest, load_model, under_fsdp
 from search_r3.train.step import Collator
 from search_r3.train.trainer import SupervisedTrainer
 
@@ -70,6 +69,13 @@ def train(
     """
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
+    arguments = _arguments(recipe, output, progress)
+    check_sharding(arguments)
+    if under_fsdp() and recipe.lora is not None and _tied(recipe.model):
+        raise TrainingError(
+            f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
+            "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
+        )
     with state.main_process_first():
         if state.is_main_process:
             dropped = {"dropped": dict(prepared.dropped.counts), "samples": prepared.dropped.samples}
@@ -84,10 +90,7 @@ def train(
         trained = _with_adapter(model, recipe, manifest)
     elif recipe.loss.kl:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-    arguments = _arguments(recipe, output, progress)
-    refuse_zero3(arguments)
-    engine.model.to(arguments.device)
-    engine.device = arguments.device
+    engine.device = arguments.device  # the trainer moves the model there, whole or in shards
     if reference is not None:
         reference.to(arguments.device)
     batch = recipe.batch
@@ -111,22 +114,17 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     test.log = trainer.log
-    fsdp = trainer.accelerator.distributed_type == DistributedType.FSDP
-    if fsdp and recipe.lora is not None and model.config.get_text_config().tie_word_embeddings:
-        raise TrainingError(
-            f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
-            "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
-        )
-    if trainer.sharded and recipe.dev.sets:
+    if under_fsdp() and recipe.dev.sets:
         trainer.remove_callback(test)  # the engine's own passes need whole weights
         if state.is_main_process:
             logging.getLogger(__name__).warning("sharded weights: no tests while training; run search-r3 eval after it")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return finish(trainer, output, recipe.model, tokenizer, manifest)
 
-    def wrap(model: PreTrainedModel) -> Any:
-        return model if recipe.lora is None else _with_adapter(model, recipe, manifest)
 
-    return finish(trainer, output, recipe.model, tokenizer, manifest, wrap)
+def _tied(name: str) -> bool:
+    config = AutoConfig.from_pretrained(resolve(name))
+    return bool(config.get_text_config().tie_word_embeddings)
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:
