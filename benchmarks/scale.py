@@ -4,7 +4,7 @@ Exact search reads a memory map in 32 and in 16 bits, as the store keeps them; t
 of single queries in milliseconds, after a warm-up. `gib` is what the process grew by; for exact search, pages of the
 map, which the system may drop.
 
-    python benchmarks/scale.py --json        # about 20 minutes and 12 GiB; --most 100000: two minutes
+    python benchmarks/scale.py --json        # about 7 minutes and 12 GiB; --most 100000: one minute
 """
 
 import gc
