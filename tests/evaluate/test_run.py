@@ -5,21 +5,12 @@ import numpy as np
 import pytest
 
 from search_r3.errors import DataError
+from search_r3.evaluate import run
 from search_r3.evaluate.collection import DEMO, load_collection
 from search_r3.evaluate.report import markdown, rich_table
 from search_r3.evaluate.run import evaluate, summarise
 
-MODES = (
-    "direct",
-    "reason",
-    "fused",
-    "hybrid",
-    "reason-hybrid",
-    "control-repeat",
-    "control-fixed",
-    "control-other",
-    "bm25",
-)
+MODES = tuple(mode for mode in run.MODES if mode != "minilm")
 
 
 def make(folder: Path, documents: list[dict], queries: list[dict], qrels: str) -> Path:
