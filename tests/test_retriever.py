@@ -50,6 +50,26 @@ def test_reason_fuse_and_hybrid(retriever):
     assert hybrid.hits[0].score == pytest.approx(cosine + 0.2, abs=1e-5)  # the best by its words, too
 
 
+def test_the_mean_of_several_thoughts_is_searched_with(retriever):
+    pieces = []
+    found = retriever.search_many(
+        TEXTS[:2], 3, reason=True, samples=3, max_new_tokens=4, on_text=lambda row, piece: pieces.append((row, piece))
+    )
+    for row, one in enumerate(found):
+        vectors = np.stack([thought.vector for thought in one.thoughts])
+        assert len(vectors) == 3
+        assert one.reasoned is one.thoughts[0]
+        assert len(np.unique(vectors, axis=0)) > 1  # they are sampled
+        mean = vectors.mean(axis=0) / np.linalg.norm(vectors.mean(axis=0))
+        scores = np.sort(retriever.model.encode_documents([d.content for d in DOCUMENTS]) @ mean)[::-1]
+        np.testing.assert_allclose([hit.score for hit in one.hits], scores[:3], atol=1e-5)
+        assert "".join(piece for n, piece in pieces if n == row).strip() == one.reasoned.text
+    vectors = retriever.model.encode_queries(TEXTS[:2], reason=True, samples=3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    with pytest.raises(DataError, match="samples=0"):
+        retriever.search(TEXTS[0], reason=True, samples=0)
+
+
 def test_graph_index_finds_the_same_and_is_kept(retriever, model):
     pytest.importorskip("usearch")
     with Retriever.open(retriever.store.folder, model, "graph") as graph:

@@ -33,6 +33,7 @@ from search_r3.cli_common import (
     Precision,
     PromptFile,
     QdrantUrl,
+    Samples,
     check_reports,
     err,
     index_kind,
@@ -48,7 +49,7 @@ from search_r3.errors import DataError, SearchR3Error
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
-    from search_r3.records import Hit
+    from search_r3.records import Hit, Reasoned
     from search_r3.retriever import Found
 
 app = typer.Typer(
@@ -248,6 +249,7 @@ def search(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of hits.", min=1, max=10_000)] = 5,
     reason: Annotated[bool, typer.Option("--reason/--direct", help="Think before embedding, or embed at once.")] = True,
+    samples: Samples = 1,
     fuse: Annotated[
         float | None, typer.Option(help="Mix: weight of the reasoned vector beside the direct one.", min=0, max=1)
     ] = None,
@@ -287,6 +289,7 @@ def search(
                 text,
                 k,
                 reason=reason,
+                samples=samples,
                 fuse=fuse,
                 gate=gate,
                 hybrid=hybrid,
@@ -296,8 +299,10 @@ def search(
             if json_:
                 print_json(_found_json(found))
             else:
-                if found.reasoned and not streaming:
-                    out.print(Text(found.reasoned.text, style="italic cyan"))
+                if streaming:
+                    out.print()  # ends the line of what was shown as it came
+                for thought in found.thoughts[1 if streaming else 0 :]:
+                    out.print(Text.assemble(("thought: ", "dim"), (thought.text, "italic cyan")))
                 out.print()
                 _show_hits(text, found.hits)
 
@@ -330,14 +335,16 @@ def _lines() -> Iterator[str]:
 
 
 def _found_json(found: Found) -> dict[str, Any]:
-    reasoned = found.reasoned
     return {
         "query": found.query,
-        "reasoning": None
-        if reasoned is None
-        else {"text": reasoned.text, "status": reasoned.status.value, "tokens": len(reasoned.token_ids)},
+        "reasoning": None if found.reasoned is None else _reasoned_json(found.reasoned),
+        "others": [_reasoned_json(thought) for thought in found.thoughts[1:]],
         "hits": [asdict(hit) for hit in found.hits],
     }
+
+
+def _reasoned_json(reasoned: Reasoned) -> dict[str, Any]:
+    return {"text": reasoned.text, "status": reasoned.status.value, "tokens": len(reasoned.token_ids)}
 
 
 def _show_hits(query: str, hits: list[Hit]) -> None:
@@ -421,6 +428,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
+    samples: Samples = 1,
     fuse: Annotated[float, typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1)] = 0.5,
     output: Annotated[
         list[Path] | None,
@@ -456,7 +464,7 @@ def eval_(
         except ModuleNotFoundError as error:
             raise DataError(f"--mteb needs {error.name}; install it with: pip install 'search-r3[mteb]'") from error
         model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
-        scores = run(model, mteb, mteb_output, reason=reason, split=split)
+        scores = run(model, mteb, mteb_output, reason=reason, samples=samples, split=split)
         print_json(scores) if json_ else out.print_json(data=scores)
         return
     assert datasets
@@ -489,11 +497,11 @@ def eval_(
     with interruptible("document vectors are cached; the same command goes on"):
         results = evaluate(
             loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-            fuse=fuse, precision=precision.value, on_result=on_result,
+            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result,
         )  # fmt: skip
     report = summarise(
         results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
-        max_new_tokens=max_new_tokens, fuse=fuse,
+        max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
     )  # fmt: skip
     command = shlex.join(["search-r3", *sys.argv[1:]])
     write_reports(output or [], report, markdown(report, command))
@@ -514,7 +522,8 @@ def _detail_rows(results: list[Any]) -> Iterator[dict[str, Any]]:
         for name, text in result.queries.items():
             row: dict[str, Any] = {"collection": result.name, "query": name, "text": text}
             if name in result.reasoned:
-                row |= {"reasoning": result.reasoned[name].text, "status": result.reasoned[name].status.value}
+                first, *others = result.reasoned[name]
+                row |= {"reasoning": first.text, "status": first.status.value, "others": [one.text for one in others]}
             row["scores"] = {
                 mode: {metric: values[name] for metric, values in outcome.scores.items()}
                 for mode, outcome in result.modes.items()

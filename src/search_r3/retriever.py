@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
 from search_r3.index.lexical import LexicalIndex, fuse_scores
 from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
-from search_r3.model.reasoning import TextCallback
+from search_r3.model.reasoning import TextCallback, mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting, split
 from search_r3.progress import Meter
@@ -67,8 +67,13 @@ class Found:
     """As asked."""
     hits: list[Hit]
     """Best first."""
-    reasoned: Reasoned | None
-    """What the model thought; None for direct search."""
+    thoughts: list[Reasoned] = field(default_factory=list)
+    """What the model thought: nothing for direct search, otherwise one text for each sample."""
+
+    @property
+    def reasoned(self) -> Reasoned | None:
+        """The first of `thoughts`."""
+        return self.thoughts[0] if self.thoughts else None
 
 
 class Retriever:
@@ -285,6 +290,7 @@ class Retriever:
         k: int = 10,
         *,
         reason: bool = False,
+        samples: int = 1,
         fuse: float | None = None,
         gate: float | None = None,
         hybrid: bool = False,
@@ -292,11 +298,13 @@ class Retriever:
         max_new_tokens: int | None = None,
         on_text: TextCallback | None = None,
     ) -> Found:
-        """Search for one query; see `search_many`. on_text(0, piece) is called as reasoning appears."""
+        """Search for one query; see `search_many`. on_text(0, piece) is called as reasoning appears, of
+        several the first."""
         return self.search_many(
             [query],
             k,
             reason=reason,
+            samples=samples,
             fuse=fuse,
             gate=gate,
             hybrid=hybrid,
@@ -311,6 +319,7 @@ class Retriever:
         k: int = 10,
         *,
         reason: bool = False,
+        samples: int = 1,
         fuse: float | None = None,
         gate: float | None = None,
         hybrid: bool = False,
@@ -320,11 +329,11 @@ class Retriever:
     ) -> list[Found]:
         """The k best documents of each query.
 
-        reason: think before embedding. fuse: weight in [0, 1] of the reasoned vector in a sum with the direct one
-        (implies `reason`). gate: reason only over queries whose best direct hit leads the second by less than this, in
-        cosine (implies `reason`); `search-r3 eval` shows what a gate saves. hybrid: add BM25 (`fuse_scores`).
-        where: only documents whose metadata has these values; a list accepts any of its values. Raises DataError for
-        an empty query.
+        reason: think before embedding. samples: think that often, and search with the mean of the vectors. fuse: weight
+        in [0, 1] of the reasoned vector in a sum with the direct one (implies `reason`). gate: reason only over queries
+        whose best direct hit leads the second by less than this, in cosine (implies `reason`); `search-r3 eval` shows
+        what a gate saves. hybrid: add BM25 (`fuse_scores`). where: only documents whose metadata has these values; a
+        list accepts any of its values. Raises DataError for an empty query.
         """
         if k < 1:
             raise DataError(f"k={k}: must be at least 1")
@@ -332,7 +341,9 @@ class Retriever:
             raise DataError(f"fuse={fuse}: must be between 0 and 1")
         if gate is not None and not 0 <= gate <= 2:
             raise DataError(f"gate={gate}: must be between 0 and 2, the largest difference of two cosines")
-        thoughts: list[Reasoned | None] = [None] * len(queries)
+        if samples < 1:
+            raise DataError(f"samples={samples}: must be at least 1")
+        thoughts: list[list[Reasoned]] = [[] for _ in queries]
         wanted = list(range(len(queries))) if reason or fuse is not None or gate is not None else []
         if len(wanted) < len(queries) or fuse is not None or gate is not None:
             vectors = self.model.encode_queries(queries)
@@ -344,19 +355,21 @@ class Retriever:
 
         def show(row: int, piece: str) -> None:
             assert on_text is not None
-            on_text(wanted[row], piece)
+            if row % samples == 0:
+                on_text(wanted[row // samples], piece)
 
         reasoned = self.model.reason(
-            [queries[n] for n in wanted], max_new_tokens=max_new_tokens, on_text=show if on_text else None
+            [queries[n] for n in wanted],
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            on_text=show if on_text else None,
         )
-        for number, thought in zip(wanted, reasoned, strict=True):
-            thoughts[number] = thought
-            mixed = thought.vector[None]
-            if fuse is not None:
-                mixed = fuse_vectors(vectors[number, None], mixed, fuse)
-            vectors[number] = mixed[0]
+        for place, number in enumerate(wanted):
+            thoughts[number] = reasoned[place * samples : (place + 1) * samples]
+            mixed = mean_vectors(np.stack([thought.vector for thought in thoughts[number]]), samples)
+            vectors[number] = (mixed if fuse is None else fuse_vectors(vectors[number, None], mixed, fuse))[0]
         hits = self.search_vectors(vectors, k, queries if hybrid else None, where)
-        return [Found(q, h, r) for q, h, r in zip(queries, hits, thoughts, strict=True)]
+        return [Found(q, h, t) for q, h, t in zip(queries, hits, thoughts, strict=True)]
 
     def search_vectors(
         self,

@@ -19,3 +19,9 @@ def test_what_the_controls_hold():
 
 def test_a_single_query_has_no_other():
     assert control_thoughts("control-other", [[1]], [[5, 6]], [7]) == [[7, 7]]
+
+
+def test_several_reasonings_of_a_query_get_no_others_of_its_own():
+    thoughts = [[10, 11], [12], [20], [21, 22]]  # two of each query
+    assert control_thoughts("control-repeat", [[1, 2], [3]], thoughts, [7], 2) == [[1, 2], [1], [3], [3, 3]]
+    assert control_thoughts("control-other", [[1, 2], [3]], thoughts, [7], 2) == [[20, 20], [21], [10], [12, 12]]

@@ -91,12 +91,14 @@ def test_search_is_the_retrievers(client: TestClient, retriever: Retriever, mode
         ({"fuse": 0.3}, retriever.search(query, 3, fuse=0.3)),
         ({"gate": 0.0}, retriever.search(query, 3)),
         ({"gate": 2.0}, retriever.search(query, 3, reason=True)),
+        ({"reason": True, "samples": 3}, retriever.search(query, 3, reason=True, samples=3)),
         ({"gate": 2.0, "fuse": 0.3, "hybrid": True}, retriever.search(query, 3, fuse=0.3, hybrid=True)),
     ):
         answer = client.post("/search", json={"query": query, "k": 3, **body}).json()
         assert [hit["id"] for hit in answer["hits"]] == [hit.id for hit in expected.hits]
         np.testing.assert_allclose([h["score"] for h in answer["hits"]], [h.score for h in expected.hits], atol=1e-5)
-        assert (answer["reasoning"] is None) == (expected.reasoned is None)
+        shown = [answer["reasoning"]["text"], *[one["text"] for one in answer["others"]]] if answer["reasoning"] else []
+        assert shown == [thought.text for thought in expected.thoughts]
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

@@ -95,7 +95,8 @@ def test_texts_are_embedded_between_the_tokens_of_a_reasoning(model: SearchR3) -
         vectors, _ = await worker.embed(model, 64, ["ls"])
         np.testing.assert_allclose(vectors, model.encode_documents(["ls"]), atol=1e-6)
         expected = model.reason(["pack files"], max_new_tokens=200)[0]
-        assert (await task)[0].token_ids == expected.token_ids
+        assert (await task)[0][0].token_ids == expected.token_ids
+        await worker.call(lambda: None)  # answers go out before the pass is told of
         assert [kind for kind, _ in passes.seen] == ["embed", "reason"]  # begun after the reasoning, ended before it
 
     working(test)
@@ -114,7 +115,7 @@ def test_a_cancelled_reasoning_leaves_its_batch(model: SearchR3) -> None:
             await gone
         assert worker.waiting == 0
         await asyncio.wait_for(worker.call(lambda: None), 5)
-        short, _ = await asyncio.wait_for(worker.think(model, "ls", 3), 10)  # would wait for 5,000 tokens otherwise
+        (short,), _ = await asyncio.wait_for(worker.think(model, "ls", 3), 10)  # would wait for 5,000 tokens otherwise
         assert len(short.token_ids) <= 3
 
     working(test)
@@ -135,8 +136,8 @@ def test_queue_deadline_cache_and_end(model: SearchR3) -> None:
         for text in ("a", "b", "c", "b", "c"):  # two are kept: the last three lookups find the last two
             await worker.embed(model, 64, [text], keep=True)
         assert worker.cache_hits == 2
-        first, read = await worker.think(model, "a", 3)
-        assert (await worker.think(model, "a", 3))[0] is first
+        (first,), read = await worker.think(model, "a", 3)
+        assert (await worker.think(model, "a", 3))[0][0] is first
         assert read == 1
         kept = asyncio.ensure_future(worker.call(lambda: 7))
         await asyncio.sleep(0)
@@ -152,7 +153,7 @@ def test_a_reasoning_cut_short_by_its_deadline_is_not_kept(model: SearchR3) -> N
     async def test(worker: Worker, passes: Passes) -> None:
         with pytest.raises(LateError):
             await worker.think(model, "pack files", 100_000)
-        result, _ = await worker.think(model, "pack files", 3)
+        (result,), _ = await worker.think(model, "pack files", 3)
         assert result.token_ids == model.reason(["pack files"], max_new_tokens=3)[0].token_ids
         assert len(worker._vectors) == 1
 

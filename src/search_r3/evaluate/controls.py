@@ -18,22 +18,28 @@ FIXED_TEXT = (
 
 
 def control_thoughts(
-    name: ControlName, queries: Sequence[Sequence[int]], thoughts: Sequence[Sequence[int]], fixed: Sequence[int]
+    name: ControlName,
+    queries: Sequence[Sequence[int]],
+    thoughts: Sequence[Sequence[int]],
+    fixed: Sequence[int],
+    samples: int = 1,
 ) -> list[list[int]]:
     """Tokens that stand in for each query's reasoning.
 
-    queries, thoughts: tokens of each query and of its own reasoning; fixed: tokens of `FIXED_TEXT`.
+    queries, thoughts: tokens of N queries, and of their N x samples reasonings, a query's side by side; fixed: tokens
+    of `FIXED_TEXT`. Returns as many as there are reasonings.
     control-repeat repeats the query; control-fixed repeats a generic text; control-other takes the reasoning of the
     next query that has one, repeated or cut to length.
     """
     result = []
     for number, thought in enumerate(thoughts):
         if name == "control-repeat":
-            source = queries[number]
+            source = queries[number // samples]
         elif name == "control-fixed":
             source = fixed
         else:
-            others = (thoughts[(number + step) % len(thoughts)] for step in range(1, len(thoughts)))
+            steps = range(samples, len(thoughts), samples)
+            others = (thoughts[(number + step) % len(thoughts)] for step in steps)
             source = next((other for other in others if other), fixed)
         result.append(_to_length(source, len(thought)))
     return result

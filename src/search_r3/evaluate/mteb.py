@@ -28,8 +28,8 @@ from search_r3.retriever import Retriever
 class MtebEncoder:
     """`EncoderProtocol`: queries with or without reasoning, everything else as documents.
 
-    model_name: a checkpoint of ours, or a loaded model. reason: think about queries before embedding them; only
-    retrieval tasks tell queries apart. An empty text gets a vector of zeros: it resembles nothing.
+    model_name: a checkpoint of ours, or a loaded model. reason: think about queries before embedding them, `samples`
+    times; only retrieval tasks tell queries apart. An empty text gets a vector of zeros: it resembles nothing.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class MtebEncoder:
         *,
         device: str | None = None,
         reason: bool = False,
+        samples: int = 1,
         **kwargs: Any,
     ):
         loaded = isinstance(model_name, SearchR3)
         self.model: SearchR3 = model_name if loaded else SearchR3.from_pretrained(model_name, device=device, **kwargs)  # type: ignore[assignment,arg-type]
-        self.reason = reason
+        self.reason, self.samples = reason, samples
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """(N, D) float32 vectors of all texts of a DataLoader of mteb's batches."""
@@ -52,7 +53,7 @@ class MtebEncoder:
         there = [number for number, text in enumerate(texts) if text.strip()]
         given = [texts[number] for number in there]
         if prompt_type == PromptType.query:
-            vectors[there] = self.model.encode_queries(given, reason=self.reason)
+            vectors[there] = self.model.encode_queries(given, reason=self.reason, samples=self.samples)
         else:
             vectors[there] = self.model.encode_documents(given)
         return vectors
@@ -68,7 +69,7 @@ class MtebEncoder:
     @property
     def mteb_model_meta(self) -> ModelMeta:
         """What is known of the model."""
-        return _meta(self.model, {"reason": self.reason}, "dense")
+        return _meta(self.model, {"reason": self.reason, "samples": self.samples if self.samples > 1 else 0}, "dense")
 
 
 class MtebSearch:
@@ -169,7 +170,13 @@ def task_of(folder: Path, split: str = "test") -> AbsTaskRetrieval:
 
 
 def run(
-    model: SearchR3, names: Sequence[str], output: Path, *, reason: bool = False, split: str = "test"
+    model: SearchR3,
+    names: Sequence[str],
+    output: Path,
+    *,
+    reason: bool = False,
+    samples: int = 1,
+    split: str = "test",
 ) -> dict[str, float]:
     """Main scores of tasks, by name of mteb's or by BEIR folder; mteb's own result files are written to `output`.
 
@@ -188,7 +195,7 @@ def run(
     for task in tasks:
         try:
             result = mteb.evaluate(
-                MtebEncoder(model, reason=reason),
+                MtebEncoder(model, reason=reason, samples=samples),
                 task,
                 cache=ResultCache(cache_path=output),
                 overwrite_strategy="always",  # a result of other settings or data is none of this run's

@@ -18,6 +18,7 @@ from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
 from search_r3.evaluate.gate import best, curve
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
 from search_r3.files import cache_home
+from search_r3.model.reasoning import mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
 from search_r3.records import Reasoned, Status
@@ -69,8 +70,8 @@ class CollectionResult:
     """Query id -> text."""
     modes: dict[Mode, ModeResult]
     """Results in the order asked."""
-    reasoned: dict[str, Reasoned]
-    """Query id -> reasoning, where a mode needed one."""
+    reasoned: dict[str, list[Reasoned]]
+    """Query id -> its reasonings, where a mode needed them."""
     margins: dict[str, float] = field(default_factory=dict)
     """Query id -> how far the best hit of the direct search leads the second."""
 
@@ -85,6 +86,7 @@ def evaluate(
     max_tokens: int | None = None,
     max_new_tokens: int | None = None,
     fuse: float = 0.5,
+    samples: int = 1,
     precision: str = "auto",
     index_folder: Path | None = None,
     progress: bool | None = None,
@@ -94,6 +96,7 @@ def evaluate(
 
     model: None if only baselines are asked for. limit: first queries only. max_tokens, max_new_tokens: lengths of
     documents and of reasonings; default: the checkpoint's. fuse: weight of the reasoned vector in mode `fused`.
+    samples: reasonings of each query, whose vectors' mean is searched with; the controls have as many.
     precision: the model's arithmetic, as given to `from_pretrained`; cached vectors of another are not used.
     index_folder: an index of the (one) collection to use instead of the cached one. on_result: called after each
     collection. Raises DataError for a broken collection, before anything is encoded.
@@ -102,7 +105,7 @@ def evaluate(
     results = []
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
-        result = _evaluate_one(model, collection, cached, modes, max_tokens, max_new_tokens, fuse, progress)
+        result = _evaluate_one(model, collection, cached, modes, max_tokens, max_new_tokens, fuse, samples, progress)
         results.append(result)
         if on_result:
             on_result(result)
@@ -117,6 +120,7 @@ def _evaluate_one(
     max_tokens: int | None,
     max_new_tokens: int | None,
     fuse: float,
+    samples: int,
     progress: bool | None,
 ) -> CollectionResult:
     texts = [query.text for query in collection.queries]
@@ -134,7 +138,7 @@ def _evaluate_one(
         opened = Retriever.open_or_create(index_folder, model, splitting=Splitting(0, 0), max_tokens=max_tokens)
         with opened as retriever:
             result.encoded = _fill(retriever, collection, progress)
-            _run_model(model, retriever, texts, modes, max_new_tokens, fuse, record, result, progress)
+            _run_model(model, retriever, texts, modes, max_new_tokens, fuse, samples, record, result, progress)
     for mode, baseline in (("bm25", bm25), ("minilm", minilm)):
         if mode in modes:
             started = time.perf_counter()
@@ -172,6 +176,7 @@ def _run_model(
     modes: Sequence[Mode],
     max_new_tokens: int | None,
     fuse: float,
+    samples: int,
     record: Callable[..., None],
     result: CollectionResult,
     progress: bool | None,
@@ -197,10 +202,12 @@ def _run_model(
     if not set(modes) & {"reason", "fused", "reason-hybrid", *CONTROLS}:
         return
     started = time.perf_counter()
-    reasoned = model.reason(texts, max_new_tokens=max_new_tokens, progress=progress)
+    reasoned = model.reason(texts, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
+    vectors = mean_vectors(np.stack([r.vector for r in reasoned]), samples)
     seconds = time.perf_counter() - started
-    result.reasoned = dict(zip(result.queries, reasoned, strict=True))
-    vectors = np.stack([r.vector for r in reasoned])
+    result.reasoned = {
+        name: reasoned[place * samples : (place + 1) * samples] for place, name in enumerate(result.queries)
+    }
     prompt_tokens = sum(map(len, engine.tails(texts, "reason", model.manifest.max_tokens.query))) + len(texts)
     tokens = prompt_tokens + sum(len(r.token_ids) for r in reasoned)
     if "reason" in modes:
@@ -212,9 +219,11 @@ def _run_model(
     thoughts = engine.plain_ids([r.text for r in reasoned])
     for mode in CONTROLS:
         if mode in modes:
-            stand_ins = control_thoughts(mode, engine.plain_ids(texts), thoughts, engine.plain_ids([FIXED_TEXT])[0])
+            fixed = engine.plain_ids([FIXED_TEXT])[0]
+            stand_ins = control_thoughts(mode, engine.plain_ids(texts), thoughts, fixed, samples)
             started = time.perf_counter()
-            vectors = model.encode_reasoned(texts, stand_ins)
+            asked = [text for text in texts for _ in range(samples)]
+            vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
             search(mode, vectors, time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins)))
 
 
@@ -245,7 +254,7 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
             "encoded": result.encoded,
             "skipped": result.skipped,
             "queries": count,
-            "forced": _share([r.status is Status.FORCED for r in result.reasoned.values()]),
+            "forced": _share([r.status is Status.FORCED for several in result.reasoned.values() for r in several]),
             "modes": {
                 mode: {name: float(np.mean(list(values.values()))) for name, values in outcome.scores.items()}
                 | {"ms_per_query": 1000 * outcome.seconds / count, "tokens_per_query": outcome.tokens / count}
@@ -300,7 +309,7 @@ def _examples(results: Sequence[CollectionResult], count: int = 5) -> dict[str, 
     for result in results:
         direct, reason = (result.modes[mode].scores["nDCG@10"] for mode in ("direct", "reason"))
         for name, text in result.queries.items():
-            said = result.reasoned[name].text
+            said = result.reasoned[name][0].text
             row = {"set": result.name, "query": text, "reasoning": said, "direct": direct[name], "reason": reason[name]}
             rows.append((reason[name] - direct[name], row))
     rows.sort(key=lambda pair: pair[0])

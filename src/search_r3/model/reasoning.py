@@ -33,6 +33,8 @@ ResultCallback = Callable[[int, Reasoned], None]
 Between = Callable[[], None]
 """Called before each token of a batch: other work of this thread can be done between two tokens."""
 
+TEMPERATURE = 0.8  # of several reasonings of one query, unless told (ours)
+
 Stop = Callable[[int], bool]
 """Asked for each row before each token: whether the row ends here, FORCED, without the token."""
 
@@ -110,6 +112,16 @@ def reason(
                     on_result(number, result)
                 meter.advance(1, len(result.token_ids))
     return [result for result in results if result is not None]
+
+
+def mean_vectors(vectors: np.ndarray, samples: int) -> np.ndarray:
+    """Unit means, (N, D) float32, of N queries' vectors (N x samples, D), a query's side by side.
+
+    What a single sampled text leads astray, the others put right. After HyDE (arXiv 2212.10496), which takes the mean
+    over the documents that a model writes.
+    """
+    means = vectors.reshape(-1, samples, vectors.shape[1]).mean(axis=1)
+    return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), dtype=np.float32)
 
 
 @torch.inference_mode()

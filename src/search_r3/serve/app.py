@@ -25,7 +25,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from search_r3 import __version__
 from search_r3.errors import DataError, StoreError
-from search_r3.model.reasoning import control_ids
+from search_r3.model.reasoning import control_ids, mean_vectors
 from search_r3.records import Document, Hit, Reasoned
 from search_r3.retriever import Retriever, fuse_vectors, margin
 from search_r3.serve.guard import Guard, error_body
@@ -208,8 +208,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
                 for text in texts:
                     tasks.append(group.create_task(worker.think(model, text, limits.reasoning)))
             results = [task.result() for task in tasks]
-            vectors, read = np.stack([result.vector for result, _ in results]), sum(count for _, count in results)
-            thought = sum(len(result.token_ids) for result, _ in results)
+            vectors, read = np.stack([found[0].vector for found, _ in results]), sum(count for _, count in results)
+            thought = sum(len(found[0].token_ids) for found, _ in results)
         else:
             query = body.input_type == "query"
             vectors, read = await worker.embed(
@@ -226,7 +226,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         check([body.query])
         model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
         where = dict(body.filters) or None
-        reasoned: Reasoned | None = None
+        thoughts: list[Reasoned] = []
         tokens, think = 0, body.reason or body.fuse is not None or body.gate is not None
         if not think or body.fuse is not None or body.gate is not None:
             direct, tokens = await worker.embed(model, limits.query, [body.query], keep=True)
@@ -235,9 +235,10 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             lead = await worker.call(lambda: index.retriever.search_vectors(direct, 2, where=where)[0])
             think = margin([hit.score for hit in lead]) < body.gate
         if think:
-            reasoned, read = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning, on_text)
-            tokens += read + len(reasoned.token_ids)
-            vectors = reasoned.vector[None]
+            most = body.max_new_tokens or limits.reasoning
+            thoughts, read = await worker.think(model, body.query, most, on_text, body.samples)
+            tokens += read + sum(len(thought.token_ids) for thought in thoughts)
+            vectors = mean_vectors(np.stack([thought.vector for thought in thoughts]), body.samples)
             if body.fuse is not None:
                 vectors = fuse_vectors(direct, vectors, body.fuse)
         words = [body.query] if body.hybrid else None
@@ -246,9 +247,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         return SearchResponse(
             query=body.query,
             index=index.name,
-            reasoning=None
-            if reasoned is None
-            else Reasoning(text=reasoned.text, status=reasoned.status.value, tokens=len(reasoned.token_ids)),
+            reasoning=_reasoning(thoughts[0]) if thoughts else None,
+            others=[_reasoning(thought) for thought in thoughts[1:]],
             hits=shown,
             milliseconds=round(1000 * (time.monotonic() - started), 1),
             tokens=tokens,
@@ -269,7 +269,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         """The same as server-sent events: `reasoning` pieces as they come, then `hits`; or `error`."""
         chosen(body.index)
         check([body.query])
-        if not worker.room(1):
+        if not worker.room(body.samples):
             raise BusyError
         return StreamingResponse(events(body), media_type="text/event-stream")
 
@@ -329,8 +329,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         direct, _ = await worker.embed(model, limits.query, [body.query], keep=True)
         vectors = [direct[0]]
         if body.reason:
-            reasoned, _ = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)
-            vectors.append(reasoned.vector)
+            thoughts, _ = await worker.think(model, body.query, body.max_new_tokens or limits.reasoning)
+            vectors.append(thoughts[0].vector)
         plane, passages, places = await worker.call(index.retriever.plane)
         spots = plane(np.stack(vectors)).tolist()
         return MapResponse(
@@ -458,6 +458,10 @@ def _slices(documents: Sequence[DocumentIn]) -> list[list[DocumentIn]]:
         parts[-1].append(document)
         room -= len(document.title) + len(document.text)
     return parts
+
+
+def _reasoning(thought: Reasoned) -> Reasoning:
+    return Reasoning(text=thought.text, status=thought.status.value, tokens=len(thought.token_ids))
 
 
 def _hit(hit: Hit, query: str) -> HitOut:

@@ -125,6 +125,8 @@ class SearchRequest(Model):
     """Number of hits."""
     reason: bool = False
     """Think before embedding."""
+    samples: int = Field(default=1, ge=1, le=16)
+    """Think so often, and search with the mean of the vectors. Several are drawn at random, so answers may differ."""
     fuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """Weight of the reasoned vector beside the direct one; implies `reason`."""
     gate: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
@@ -173,6 +175,8 @@ class SearchResponse(Model):
     query: str
     index: str
     reasoning: Reasoning | None
+    others: list[Reasoning]
+    """The other reasonings, where several were asked for."""
     hits: list[HitOut]
     milliseconds: float
     """From the question's arrival to this answer."""

@@ -80,6 +80,8 @@ class Think(Job):
     model: SearchR3 = field(kw_only=True)
     text: str = field(kw_only=True)
     max_new_tokens: int = field(kw_only=True)
+    samples: int = field(kw_only=True, default=1)
+    found: dict[int, Reasoned] = field(kw_only=True, default_factory=dict)
     on_text: Callable[[str], None] | None = field(kw_only=True, default=None)
     gone: bool = field(kw_only=True, default=False)
     """Nobody waits for it any more."""
@@ -166,19 +168,24 @@ class Worker:
         return vectors, sum(counts)
 
     async def think(
-        self, model: SearchR3, text: str, max_new_tokens: int, on_text: Callable[[str], None] | None = None
-    ) -> tuple[Reasoned, int]:
-        """Reason over a query. Returns the result, and the tokens read of the query.
+        self,
+        model: SearchR3,
+        text: str,
+        max_new_tokens: int,
+        on_text: Callable[[str], None] | None = None,
+        samples: int = 1,
+    ) -> tuple[list[Reasoned], int]:
+        """Reason over a query. Returns the results, one a sample, and the tokens read of the query.
 
-        on_text is called on this event loop with each new piece. Cancelling takes the query out of its batch. Raises
-        BusyError, or LateError if there was no time to think to the end.
+        on_text is called on this event loop with each new piece of the first. Cancelling takes the query out of its
+        batch. Raises BusyError, or LateError if there was no time to think to the end.
         """
-        name = (id(model), "think", max_new_tokens, _digest(text))
+        name = (id(model), "think", max_new_tokens, samples, _digest(text))
         if name in self._vectors:
             self.cache_hits += 1
-            known: tuple[Reasoned, int] = self._look_up(name)
+            known: tuple[list[Reasoned], int] = self._look_up(name)
             if on_text is not None:
-                on_text(known[0].text)
+                on_text(known[0][0].text)
             return known
         loop = asyncio.get_running_loop()
 
@@ -187,16 +194,17 @@ class Worker:
             loop.call_soon_threadsafe(on_text, piece)
 
         job = Think(
-            1,
+            samples,
             self._deadline(),
             model=model,
             text=text,
             max_new_tokens=max_new_tokens,
+            samples=samples,
             on_text=None if on_text is None else show,
         )
-        with self._room(1):
+        with self._room(samples):
             try:
-                result: tuple[Reasoned, int] = await self._submit(job)
+                result: tuple[list[Reasoned], int] = await self._submit(job)
             finally:
                 job.gone = True
         if time.monotonic() > job.deadline:  # it was cut short
@@ -313,15 +321,14 @@ class Worker:
                 job.future.set_result((rows, [len(tail) - suffix for tail in part]))
 
     def _think(self) -> None:
-        """Reason over a batch of queries of one model and one length; other jobs are done between the tokens."""
+        """Reason over a batch of queries that want the same; other jobs are done between the tokens."""
         with self._more:
             waiting = [job for job in self._jobs if isinstance(job, Think)]
             if not waiting:
                 return
-            first = waiting[0]
-            alike = [job for job in waiting if (job.model, job.max_new_tokens) == (first.model, first.max_new_tokens)][
-                : self.settings.thinkers
-            ]
+            model, length, samples = waiting[0].model, waiting[0].max_new_tokens, waiting[0].samples
+            alike = [job for job in waiting if (job.model, job.max_new_tokens, job.samples) == (model, length, samples)]
+            alike = alike[: max(1, self.settings.thinkers // samples)]
             chosen = set(map(id, alike))
             self._jobs = deque(job for job in self._jobs if id(job) not in chosen)
         jobs = [job for job in alike if self._begin(job)]
@@ -329,22 +336,29 @@ class Worker:
             return
 
         def show(row: int, piece: str) -> None:
-            on_text = jobs[row].on_text
-            if on_text is not None and not jobs[row].gone:
-                on_text(piece)
+            job = jobs[row // samples]
+            if job.on_text is not None and not job.gone and row % samples == 0:
+                job.on_text(piece)
+
+        def keep(row: int, result: Reasoned) -> None:
+            job = jobs[row // samples]
+            job.found[row % samples] = result
+            if len(job.found) == samples:
+                job.future.set_result(([job.found[n] for n in range(samples)], read[row // samples]))
 
         with _Failing(jobs):
             started = time.monotonic()
-            longest = first.model.manifest.max_tokens.query
-            read = [min(len(ids), longest) for ids in first.model.engine.plain_ids([job.text for job in jobs])]
-            results = first.model.reason(
+            longest = model.manifest.max_tokens.query
+            read = [min(len(ids), longest) for ids in model.engine.plain_ids([job.text for job in jobs])]
+            results = model.reason(
                 [job.text for job in jobs],
-                max_new_tokens=first.max_new_tokens,
-                batch_rows=len(jobs),
+                max_new_tokens=length,
+                samples=samples,
+                batch_rows=len(jobs) * samples,
                 on_text=show if any(job.on_text for job in jobs) else None,
-                on_result=lambda row, result: jobs[row].future.set_result((result, read[row])),
+                on_result=keep,
                 between=self._turn,
-                stop=lambda row: jobs[row].gone or time.monotonic() > jobs[row].deadline,
+                stop=lambda row: jobs[row // samples].gone or time.monotonic() > jobs[row // samples].deadline,
             )
             self._observe("reason", [result.token_ids for result in results], time.monotonic() - started)
 
