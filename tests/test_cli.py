@@ -1,9 +1,13 @@
+import base64
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -227,6 +231,58 @@ def test_export_writes_a_card_and_refuses_a_full_folder(run, checkpoint, tmp_pat
     assert (code, "OWNER/NAME" in error) == (2, True)
     code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "a/b")
     assert (code, "is written, but was not uploaded" in error) == (2, True)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the model hub: takes a private repository, large files by LFS, and a commit of the others."""
+
+    taken: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.taken[self.path] = body
+        answer, here = {}, f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            answer = {"url": f"{here}/a/b"}
+        elif "/preupload/" in self.path:
+            modes = {True: "lfs", False: "regular"}
+            files = [(file["path"], modes[file["path"].endswith("safetensors")]) for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in files]}
+        elif "/lfs/" in self.path:
+            action = {"upload": {"href": f"{here}/upload"}}
+            objects = [{**wanted, "actions": action} for wanted in json.loads(body)["objects"]]
+            answer = {"transfer": "basic", "objects": objects}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{here}/a/b/commit/0", "commitOid": "0" * 40, "success": True}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_PUT = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+def test_export_pushes_to_the_hub(run, checkpoint, tmp_path, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        code, output, error = run("export", tmp_path / "out", "-c", checkpoint, "--push", "a/b", "--json")
+        server.shutdown()
+    assert code == 0, error
+    assert json.loads(output)["pushed"] == "a/b"
+    assert json.loads(Hub.taken["/api/repos/create"])["visibility"] == "private"
+    assert Hub.taken["/upload"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    lines = [json.loads(line)["value"] for line in Hub.taken["/api/models/a/b/commit/main"].splitlines()]
+    committed = {line["path"]: line for line in lines if "path" in line}
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(committed) == written
+    assert b'SentenceTransformer("a/b")' in base64.b64decode(committed["README.md"]["content"])
 
 
 def test_eval_by_mteb(run, checkpoint, tmp_path):

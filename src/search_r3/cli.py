@@ -595,7 +595,7 @@ def export(
     from search_r3.model.openvino import write as write_graph
 
     try:
-        write_graph(model, folder) if openvino else write(model, folder, card(model))
+        write_graph(model, folder) if openvino else write(model, folder, card(model, push or "FOLDER"))
     except FileExistsError as error:
         raise CheckpointError(f"{folder}: exists; choose another folder") from error
     except OSError as error:

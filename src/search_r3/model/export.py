@@ -83,8 +83,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def card(model: SearchR3) -> str:
-    """A model card: what it is, where it came from, how to use it."""
+def card(model: SearchR3, name: str = "FOLDER") -> str:
+    """A model card: what it is, where it came from, how to use it. name: by which it is loaded."""
     manifest = model.manifest
     made = f"Written by search-r3 {manifest.versions['search-r3']} on {manifest.created}."
     if manifest.parent is not None:
@@ -105,7 +105,7 @@ by sentence-transformers both at the former.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("FOLDER")
+model = SentenceTransformer("{name}")
 model.similarity(model.encode_query(["a question"]), model.encode_document(["a document"]))
 ```
 
@@ -114,7 +114,7 @@ To let it reason over a query before it embeds it:
 ```python
 from search_r3 import SearchR3
 
-SearchR3.from_pretrained("FOLDER").encode_queries(["a question"], reason=True)
+SearchR3.from_pretrained("{name}").encode_queries(["a question"], reason=True)
 ```
 
 Control tokens in a text, such as `{manifest.embed_token}`, are plain characters to search-r3; sentence-transformers and
