@@ -7,7 +7,6 @@ Writes PAGE.md, PAGE.json and CARD/README.md.
 
 import argparse
 import json
-import re
 from pathlib import Path
 from statistics import fmean
 
@@ -33,25 +32,42 @@ def stages(run: Path) -> list[tuple[str, dict]]:
     return [(name, read(run / name / "run.json")) for name in STAGES if (run / name / "run.json").exists()]
 
 
-def lengths(run: Path, report: dict) -> list[str]:
-    """What longer reasonings change."""
-    found = {int(re.findall(r"\d+", path.stem)[-1]): read(path) for path in run.glob("results-length-*.json")}
-    if not found:
+def variants(run: Path, report: dict) -> list[str]:
+    """What other numbers and lengths of reasonings give: results-*.json with other settings than the page's."""
+    rows = []
+    for path in [*run.glob("results-variant-*.json"), run / "results-model.json"]:
+        found = read(path)
+        rows.append(
+            {
+                "samples": found["settings"]["samples"],
+                "max_new_tokens": found["settings"]["max_new_tokens"],
+                "tokens_per_query": fmean(
+                    c["modes"]["reason"]["tokens_per_query"] for c in found["collections"].values()
+                ),
+                "reason": found["average"]["reason"]["nDCG@10"],
+                "difference": found["summary"]["reason_minus_direct"],
+                "p": found["summary"]["p_reason_vs_direct"],
+            }
+        )
+    if len(rows) == 1:
         return []
-    report["lengths"] = {
-        length: {
-            "reason": short["summary"]["average_reason"],
-            "tokens_per_query": fmean(c["modes"]["reason"]["tokens_per_query"] for c in short["collections"].values()),
-        }
-        for length, short in sorted(found.items())
-    }
-    lines = ["## Length of the reasoning", "", "| at most, tokens | tokens/query | reason, nDCG@10 |", "|---|---|---|"]
-    for length, row in report["lengths"].items():
-        lines.append(f"| {length} | {row['tokens_per_query']:.0f} | {row['reason']:.3f} |")
+    report["variants"] = rows = sorted(rows, key=lambda row: (row["samples"], row["max_new_tokens"]))
+    lines = [
+        "## How often, and how long",
+        "",
+        "| reasonings | of at most, tokens | tokens/query | reason, nDCG@10 | against direct | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['samples']} | {row['max_new_tokens']} | {row['tokens_per_query']:.0f} | {row['reason']:.3f} "
+            f"| {row['difference']:+.3f} | {row['p']:.4f} |"
+        )
     return [
         *lines,
         "",
-        "Average over the same sets; the rest of a query's tokens are its own and the prompt's end.",
+        "Average over the same sets. One reasoning is greedy, several are sampled at 0.8. The rest of a query's tokens",
+        "are its own and the prompt's end.",
         "",
     ]
 
@@ -86,7 +102,7 @@ def page(run: Path, target: Path) -> dict:
         "average_direct_untrained": before,
         "direct_over_untrained": report["summary"]["average_direct"] / before,
     }
-    more = [*training(run), *lengths(run, report)]
+    more = [*training(run), *variants(run, report)]
     text = markdown(report, f"recipes/default/report.py, from the stages {', '.join(name for name, _ in stages(run))}")
     summary = ["## Summary", "", "```json", json.dumps(report["summary"], indent=2), "```", ""]
     head, rest = text.split("## nDCG@10", 1)

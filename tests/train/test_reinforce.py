@@ -21,7 +21,7 @@ from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
 from search_r3.train.run import METRICS, TABLE
 from tests.conftest import build_base
-from tests.train.test_supervised import STATES, assert_equal, run_sharded, sharders, weights
+from tests.train.test_supervised import STATES, assert_equal, run_on_two, run_sharded, sharders, weights
 
 
 def build(base, **changes):
@@ -210,17 +210,12 @@ def test_a_killed_run_resumes_to_the_same_curve(rl, root, tmp_path):
 
 
 def test_two_processes_equal_one(rl, root, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(rl(environment={"policy": "frozen"}).model_dump()))
-    for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command += ["-m", "search_r3", "train", "rl", str(file), "--data", str(root)]
-        done = subprocess.run(
-            [*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
-    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    recipe = rl(environment={"policy": "frozen"})
+    single = run(recipe, root, tmp_path / "one")
+    done = run_on_two(recipe, root, tmp_path / "two", "search_r3", "rl", timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(single), weights(tmp_path / "two" / "model"), 1e-5)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for name in ("reward_rank", "format_rate", "length", "info_nce"):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], abs=1e-4), name
 
@@ -262,12 +257,8 @@ def dev(folder):
 
 
 def test_two_processes_refresh_and_resample_in_step(rl, root, tmp_path):
-    file = tmp_path / "recipe.yaml"
     recipe = rl(group={"queries": 4}, guards={"resample": 2}, reward={"rank": f"{__name__}:rough", "format_weight": 0})
-    file.write_text(yaml.safe_dump(recipe.model_dump()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "search_r3", "train", "rl", str(file), "--data", str(root), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = run_on_two(recipe, root, tmp_path / "run", "search_r3", "rl", timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = log(tmp_path / "run")
     assert any(line["resampled"] > 0 for line in lines)

@@ -145,16 +145,19 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
 
 
 def test_two_processes_equal_one(recipe, root, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(with_batch(recipe, chunk_tokens=40).model_dump()))
-    for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command += ["-m", "search_r3", "train", "sft", str(file), "--data", str(root)]
-        done = subprocess.run(
-            [*command, "--output", str(tmp_path / str(count)), "--json"], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert_equal(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"), 1e-5)
+    recipe = with_batch(recipe, chunk_tokens=40)
+    one = train(prepare(recipe, root), root, tmp_path / "one", progress=False)
+    done = run_on_two(recipe, root, tmp_path / "two", "search_r3", "sft", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(one), weights(tmp_path / "two" / "model"), 1e-5)
+
+
+def run_on_two(recipe, root, output, module, stage, *more, **options):
+    file = root / "two.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+    command += ["train", stage, str(file), "--data", str(root), "--output", str(output), "--json", *more]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 FSDP = {
@@ -170,17 +173,10 @@ sharders = pytest.mark.parametrize("sharder", ["fsdp", "deepspeed"])
 
 
 def run_sharded(recipe, root, output, *more, stage="sft", sharder="fsdp", **changes):
-    file = root / "sharded.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.train.sharded", "train", stage, str(file), "--data", str(root), "--output", str(output)]
-    return subprocess.run(
-        [*command, *more],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (FSDP if sharder == "fsdp" else DEEPSPEED) | changes,
-        cwd=Path(__file__).parents[2],
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (FSDP if sharder == "fsdp" else DEEPSPEED) | changes
+    folder = Path(__file__).parents[2]
+    return run_on_two(
+        recipe, root, output, "tests.train.sharded", stage, *more, timeout=180, env=environment, cwd=folder
     )
 
 
