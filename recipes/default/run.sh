@@ -85,16 +85,17 @@ stage rl "smollm2-135m-rl-$recipe.yaml" "${steps[3]}" "model=$output/think/model
 # Stage 2 costs direct search a little; between the models before and after it lies one that it does not.
 [ -d "$output/model" ] || search-r3 average "$output/think/model" "$output/rl/model" -o "$output/model" --weight 0.6
 
-# measure NAME CHECKPOINT MODES
+# measure NAME CHECKPOINT SAMPLES MODES
 measure() {
   [ -f "$output/results-$1.json" ] && return
   # shellcheck disable=SC2086
-  search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --modes "$3" $limit --max-tokens 128 --max-new-tokens 48 \
+  search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --samples "$3" --modes "$4" $limit --max-tokens 128 --max-new-tokens 48 \
     --precision bfloat16 -o "$output/results-$1.json"
 }
 echo "== evaluate"
-measure base base direct
-measure model "$output/model" direct,reason,fused,hybrid,reason-hybrid,control-repeat,control-fixed,control-other,bm25,minilm
+measure base base 1 direct
+measure variant-1 "$output/model" 1 direct,reason
+measure model "$output/model" 8 direct,reason,fused,hybrid,reason-hybrid,control-repeat,control-fixed,control-other,bm25,minilm
 
 echo "== package"
 [ -d "$output/adapter" ] || search-r3 package "$output/model" -o "$output/adapter"

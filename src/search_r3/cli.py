@@ -524,6 +524,8 @@ def _detail_rows(results: list[Any]) -> Iterator[dict[str, Any]]:
             if name in result.reasoned:
                 first, *others = result.reasoned[name]
                 row |= {"reasoning": first.text, "status": first.status.value, "others": [one.text for one in others]}
+            if name in result.signals:
+                row["signals"] = result.signals[name]
             row["scores"] = {
                 mode: {metric: values[name] for metric, values in outcome.scores.items()}
                 for mode, outcome in result.modes.items()
@@ -577,6 +579,7 @@ def export(
     openvino: Annotated[
         bool, typer.Option("--openvino", help="Instead, a graph that embeds on a CPU without PyTorch.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Instead, a file that embeds in llama.cpp.")] = False,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers and sentence-transformers load without our code.
@@ -587,15 +590,22 @@ def export(
 
     if push is not None and push.count("/") != 1:
         raise CheckpointError(f"--push {push}: give OWNER/NAME")
-    if openvino and push is not None:
-        raise CheckpointError("--push uploads the plain folder; leave out --openvino")
+    if openvino + gguf + (push is not None) > 1:
+        raise CheckpointError("--openvino, --gguf and --push: take one; what is pushed is the plain folder")
     model = load_model(checkpoint)
     from search_r3.model.export import card
     from search_r3.model.export import export as write
+    from search_r3.model.gguf import NAME
+    from search_r3.model.gguf import write as write_gguf
     from search_r3.model.openvino import write as write_graph
 
     try:
-        write_graph(model, folder) if openvino else write(model, folder, card(model, push or "FOLDER"))
+        if openvino:
+            write_graph(model, folder)
+        elif gguf:
+            write_gguf(model, folder)
+        else:
+            write(model, folder, card(model, push or "FOLDER"))
     except FileExistsError as error:
         raise CheckpointError(f"{folder}: exists; choose another folder") from error
     except OSError as error:
@@ -613,10 +623,12 @@ def export(
     if json_:
         print_json(report)
     else:
-        loader = "search_r3.model.openvino.OpenVinoEncoder" if openvino else "SentenceTransformer"
-        out.print(
-            f"Wrote {escape(str(folder))} from {escape(model.source)}: {loader}({escape(str(folder))!r}) loads it."
-        )
+        if gguf:
+            use = f"llama-server -m {escape(str(folder / NAME))} --embeddings; its README.md tells what to send."
+        else:
+            loader = "search_r3.model.openvino.OpenVinoEncoder" if openvino else "SentenceTransformer"
+            use = f"{loader}({escape(str(folder))!r}) loads it."
+        out.print(f"Wrote {escape(str(folder))} from {escape(model.source)}: {use}", soft_wrap=True)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from search_r3.evaluate.gate import best, curve
+from search_r3.evaluate.gate import best, curve, signals
+from search_r3.records import Hit
 
 
 def test_the_curve_reasons_over_the_least_decided_first():
@@ -24,3 +25,10 @@ def test_where_reasoning_never_helps_the_best_is_not_to():
     points = curve(signal, np.ones(3), np.ones(3), np.ones(3), np.ones(3))
     assert best(points)["share"] == 0
     assert max(point["threshold"] for point in points) == 2
+
+
+def test_what_a_direct_search_tells_of_a_query():
+    hits = [Hit(1, "a", 0.75, "Tar", "packs many files", 0, 16), Hit(2, "b", 0.5, "", "ls", 0, 2)]
+    assert signals("How to pack files? FILES!", hits) == {"margin": 0.25, "words": 3, "overlap": pytest.approx(1 / 3)}
+    assert signals("?", hits[:1]) == {"margin": 2.0, "words": 0, "overlap": 0}
+    assert signals("tar", []) == {"margin": 2.0, "words": 1, "overlap": 0}

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from search_r3.records import Hit
+from search_r3.retriever import margin
+
 STEPS = 10
+_WORD = re.compile(r"\w{3,}")
+
+
+def signals(query: str, hits: Sequence[Hit]) -> dict[str, float]:
+    """What can be told of a query from its direct search, before any reasoning; low values call for it.
+
+    margin: of the best hit over the second, in cosine, at most 2. words: different words of three letters or more.
+    overlap: share of these that the best hit holds.
+    """
+    words = _words(query)
+    best = _words(f"{hits[0].title} {hits[0].text}") if hits else set()
+    return {
+        "margin": min(margin([hit.score for hit in hits]), 2.0),
+        "words": float(len(words)),
+        "overlap": len(words & best) / max(len(words), 1),
+    }
+
+
+def _words(text: str) -> set[str]:
+    return {match.group().lower() for match in _WORD.finditer(text)}
 
 
 def curve(

@@ -94,15 +94,17 @@ def _gate(report: dict[str, Any]) -> list[str]:
         "## When to reason",
         "",
         "Only the share of queries whose direct search is least decided is reasoned over: those whose best hit leads",
-        "the second by less than the threshold. Means over all queries; `at random`: as many queries drawn blindly.",
+        "the second by less than the threshold. Means over all queries; `few words`, `little overlap`: as many",
+        "queries, those of the fewest words, or with the fewest of them in the best hit; `at random`: drawn blindly.",
         "",
-        "| share | threshold | tokens/query | nDCG@10 | at random |",
-        "|---|---|---|---|---|",
+        "| share | threshold | tokens/query | nDCG@10 | few words | little overlap | at random |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for point in report["gate"]["points"]:
+    others = report["gate"]["others"]
+    for point, words, overlap in zip(report["gate"]["points"], others["words"], others["overlap"], strict=True):
         lines.append(
             f"| {point['share']:.1f} | {point['threshold']:.4f} | {point['tokens']:.0f} | {point['score']:.4f} | "
-            f"{point['random']:.4f} |"
+            f"{words:.4f} | {overlap:.4f} | {point['random']:.4f} |"
         )
     return [*lines, ""]
 

@@ -15,14 +15,14 @@ import numpy as np
 from search_r3.evaluate.baselines import bm25, minilm
 from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
-from search_r3.evaluate.gate import best, curve
+from search_r3.evaluate.gate import best, curve, signals
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
 from search_r3.files import cache_home
 from search_r3.model.reasoning import mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
 from search_r3.records import Reasoned, Status
-from search_r3.retriever import Retriever, fuse_vectors, margin
+from search_r3.retriever import Retriever, fuse_vectors
 
 Mode = Literal[
     "direct",
@@ -72,8 +72,8 @@ class CollectionResult:
     """Results in the order asked."""
     reasoned: dict[str, list[Reasoned]]
     """Query id -> its reasonings, where a mode needed them."""
-    margins: dict[str, float] = field(default_factory=dict)
-    """Query id -> how far the best hit of the direct search leads the second."""
+    signals: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Query id -> what a gate can go by (`gate.signals`), where direct search was asked for."""
 
 
 def evaluate(
@@ -191,8 +191,8 @@ def _run_model(
         started = time.perf_counter() - spent
         hits = retriever.search_vectors(vectors, DEPTH, words)
         if mode == "direct":
-            leads = (margin([hit.score for hit in found]) for found in hits)
-            result.margins = dict(zip(result.queries, leads, strict=True))
+            told = (signals(text, found) for text, found in zip(texts, hits, strict=True))
+            result.signals = dict(zip(result.queries, told, strict=True))
         record(mode, [[(hit.id, hit.score) for hit in found] for found in hits], started, tokens)
 
     if "direct" in modes:
@@ -285,13 +285,13 @@ def _summary(report: dict[str, Any]) -> dict[str, float]:
 
 
 def _gate(results: Sequence[CollectionResult]) -> dict[str, Any]:
-    """Quality against cost over all queries of all collections, by the direct search's margin."""
-    columns: list[list[float]] = [[], [], [], [], []]
+    """Quality against cost over all queries of all collections, by what the direct search tells."""
+    told = [result.signals[name] for result in results for name in result.queries]
+    columns: list[list[float]] = [[], [], [], []]
     for result in results:
         direct, reason = result.modes["direct"], result.modes["reason"]
         for name in result.queries:
             values = (
-                result.margins[name],
                 direct.scores["nDCG@10"][name],
                 reason.scores["nDCG@10"][name],
                 direct.tokens / len(result.queries),
@@ -299,8 +299,13 @@ def _gate(results: Sequence[CollectionResult]) -> dict[str, Any]:
             )
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
-    points = curve(*(np.array(column) for column in columns))
-    return {"signal": "margin", "points": points, "best": best(points)}
+    curves = {
+        signal: curve(np.array([values[signal] for values in told]), *(np.array(column) for column in columns))
+        for signal in told[0]
+    }
+    points = curves.pop("margin")
+    others = {signal: [point["score"] for point in found] for signal, found in curves.items()}
+    return {"signal": "margin", "points": points, "best": best(points), "others": others}
 
 
 def _examples(results: Sequence[CollectionResult], count: int = 5) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,69 @@
+"""Which signal tells best over which queries to reason: each alone, and a linear mix fitted on other collections.
+
+Takes what `search-r3 eval --modes direct,reason --details FILE` wrote; a query's rows in several files are joined.
+
+    python benchmarks/gate.py --fit dev.jsonl --test test.jsonl --json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common import finish
+from search_r3.evaluate.gate import curve
+
+SIGNALS = ("margin", "words", "overlap")
+
+
+def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signals (Q, 3), direct and reasoned nDCG@10 (Q,) of every query."""
+    rows: dict[tuple[str, str], dict] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            row = rows.setdefault((found["collection"], found["query"]), {})
+            row |= found | {"scores": row.get("scores", {}) | found["scores"]}
+    told = np.array([[row["signals"][name] for name in SIGNALS] for row in rows.values()])
+    scores = [[row["scores"][mode]["nDCG@10"] for row in rows.values()] for mode in ("direct", "reason")]
+    return told, np.array(scores[0]), np.array(scores[1])
+
+
+def fit(told: np.ndarray, gain: np.ndarray, strength: float) -> np.ndarray:
+    """Ridge weights of standardised signals for what reasoning gains."""
+    scaled = (told - told.mean(axis=0)) / told.std(axis=0)
+    return np.linalg.solve(scaled.T @ scaled + strength * len(scaled) * np.eye(3), scaled.T @ (gain - gain.mean()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--fit", type=Path, nargs="+", required=True, help="details of the collections to fit on")
+    parser.add_argument("--test", type=Path, nargs="+", required=True, help="details of the collections to test on")
+    parser.add_argument("--strength", type=float, default=0.1, help="of the ridge, a query (0.1)")
+    args = parser.parse_args()
+    told, direct, reason = read(args.fit)
+    weights, center, spread = fit(told, reason - direct, args.strength), told.mean(axis=0), told.std(axis=0)
+    told, direct, reason = read(args.test)
+    tried = {name: told[:, place] for place, name in enumerate(SIGNALS)}
+    tried["mix"] = -((told - center) / spread) @ weights  # the largest expected gain first
+    nothing = np.zeros(len(direct))
+    curves = {name: curve(values, direct, reason, nothing, nothing) for name, values in tried.items()}
+    curves["random"] = [{"score": point["random"], "share": point["share"]} for point in curves["margin"]]
+    print("share   " + "".join(f"{name:>9}" for name in curves), file=sys.stderr)
+    for row in zip(*curves.values(), strict=True):
+        print(f"{row[0]['share']:5.2f}   " + "".join(f"{point['score']:9.4f}" for point in row), file=sys.stderr)
+    finish(
+        {
+            "queries": {"fit": len(read(args.fit)[1]), "test": len(direct)},
+            "weights": dict(zip(SIGNALS, weights.tolist(), strict=True)),
+            "mean_over_shares": {n: float(np.mean([p["score"] for p in points])) for n, points in curves.items()},
+        },
+        args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
