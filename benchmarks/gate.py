@@ -31,12 +31,6 @@ def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return told, np.array(scores[0]), np.array(scores[1])
 
 
-def fit(told: np.ndarray, gain: np.ndarray, strength: float) -> np.ndarray:
-    """Ridge weights of standardised signals for what reasoning gains."""
-    scaled = (told - told.mean(axis=0)) / told.std(axis=0)
-    return np.linalg.solve(scaled.T @ scaled + strength * len(scaled) * np.eye(3), scaled.T @ (gain - gain.mean()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -45,7 +39,12 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=0.1, help="of the ridge, a query (0.1)")
     args = parser.parse_args()
     told, direct, reason = read(args.fit)
-    weights, center, spread = fit(told, reason - direct, args.strength), told.mean(axis=0), told.std(axis=0)
+    fitted, gain = len(told), reason - direct
+    center, spread = told.mean(axis=0), told.std(axis=0)
+    scaled = (told - center) / spread
+    weights = np.linalg.solve(  # of a ridge regression
+        scaled.T @ scaled + args.strength * fitted * np.eye(len(SIGNALS)), scaled.T @ (gain - gain.mean())
+    )
     told, direct, reason = read(args.test)
     tried = {name: told[:, place] for place, name in enumerate(SIGNALS)}
     tried["mix"] = -((told - center) / spread) @ weights  # the largest expected gain first
@@ -57,7 +56,7 @@ def main() -> None:
         print(f"{row[0]['share']:5.2f}   " + "".join(f"{point['score']:9.4f}" for point in row), file=sys.stderr)
     finish(
         {
-            "queries": {"fit": len(read(args.fit)[1]), "test": len(direct)},
+            "queries": {"fit": fitted, "test": len(direct)},
             "weights": dict(zip(SIGNALS, weights.tolist(), strict=True)),
             "mean_over_shares": {n: float(np.mean([p["score"] for p in points])) for n, points in curves.items()},
         },

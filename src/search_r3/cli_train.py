@@ -128,7 +128,7 @@ def _say_dropped(dropped: Any, json_: bool) -> None:
 def _say_done(folder: Path, json_: bool) -> None:
     from accelerate import PartialState
 
-    PartialState().destroy_process_group()  # its threads may else outlive what they use, and the process aborts
+    PartialState().destroy_process_group()  # before its threads outlive it
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
         return
     if json_:

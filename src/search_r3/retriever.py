@@ -330,10 +330,10 @@ class Retriever:
         """The k best documents of each query.
 
         reason: think before embedding. samples: think that often, and search with the mean of the vectors. fuse: weight
-        in [0, 1] of the reasoned vector in a sum with the direct one (implies `reason`). gate: reason only over queries
-        whose best direct hit leads the second by less than this, in cosine (implies `reason`); `search-r3 eval` shows
-        what a gate saves. hybrid: add BM25 (`fuse_scores`). where: only documents whose metadata has these values; a
-        list accepts any of its values. Raises DataError for an empty query.
+        in [0, 1] of the reasoned vector in a sum with the direct one. gate: reason only over queries whose best direct
+        hit leads the second by less than this, in cosine; `search-r3 eval` shows what a gate saves. Several samples,
+        fuse and gate imply `reason`. hybrid: add BM25 (`fuse_scores`). where: only documents whose metadata has these
+        values; a list accepts any of its values. Raises DataError for an empty query.
         """
         if k < 1:
             raise DataError(f"k={k}: must be at least 1")
@@ -344,8 +344,9 @@ class Retriever:
         if samples < 1:
             raise DataError(f"samples={samples}: must be at least 1")
         thoughts: list[list[Reasoned]] = [[] for _ in queries]
-        wanted = list(range(len(queries))) if reason or fuse is not None or gate is not None else []
-        if len(wanted) < len(queries) or fuse is not None or gate is not None:
+        think = reason or samples > 1 or fuse is not None or gate is not None
+        wanted = list(range(len(queries))) if think else []
+        if not think or fuse is not None or gate is not None:
             vectors = self.model.encode_queries(queries)
         else:
             vectors = np.empty((len(queries), self.model.dimension), np.float32)

@@ -63,7 +63,7 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         OpenVinoEncoder(folder, precision="fp8")
     with pytest.raises(CheckpointError, match="no such folder"):
         OpenVinoEncoder(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="not a folder of `search-r3 export --openvino`"):
+    with pytest.raises(CheckpointError, match="not a folder of `search-r3 export --format openvino`"):
         OpenVinoEncoder(tmp_path)
     settings = json.loads((folder / SETTINGS).read_text())
     (tmp_path / SETTINGS).write_text(json.dumps(settings | {"format": 99}))
@@ -72,6 +72,8 @@ def test_what_is_wrong_is_named(folder, tmp_path):
 
 
 def test_command(checkpoint, tmp_path):
-    done = CliRunner().invoke(app, ["export", str(tmp_path / "new"), "-c", str(checkpoint), "--openvino", "--json"])
+    done = CliRunner().invoke(
+        app, ["export", str(tmp_path / "new"), "-c", str(checkpoint), "--format", "openvino", "--json"]
+    )
     assert done.exit_code == 0, done.output
     assert (tmp_path / "new" / GRAPH).exists()

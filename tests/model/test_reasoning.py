@@ -170,3 +170,8 @@ def test_a_reasoning_does_not_open_with_the_words_of_the_embed_act(model, temper
     assert chosen[1] == second
     assert logprobs[0] == pytest.approx(-50 / (temperature or 1.0), abs=1e-3)  # of the model, not of what was allowed
     assert _choose(logits, rows, 2, Sampling(4, temperature), engine.reply_ids)[0].tolist()[0] == second
+
+
+def test_no_samples_are_none(model):
+    with pytest.raises(ValueError, match="samples=0"):
+        model.reason(TEXTS, samples=0)

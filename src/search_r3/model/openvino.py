@@ -88,7 +88,9 @@ class OpenVinoEncoder:
         if precision not in PRECISIONS:
             raise CheckpointError(f"precision {precision}: choose from {', '.join(PRECISIONS)}")
         if not place.is_dir():
-            raise CheckpointError(f"{place}: no such folder; make one with `search-r3 export {place} --openvino`")
+            raise CheckpointError(
+                f"{place}: no such folder; make one with `search-r3 export {place} --format openvino`"
+            )
         try:
             settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
             if settings["format"] != FORMAT:
@@ -102,7 +104,9 @@ class OpenVinoEncoder:
             raise
         except Exception as error:  # OpenVINO and tokenizers raise bare ones
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{place}: not a folder of `search-r3 export --openvino` ({reason})") from error
+            raise CheckpointError(
+                f"{place}: not a folder of `search-r3 export --format openvino` ({reason})"
+            ) from error
         self._tokenizer.encode_special_tokens = True  # control tokens in a text are plain characters
         self.batch_tokens = batch_tokens
 

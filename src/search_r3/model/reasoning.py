@@ -90,6 +90,8 @@ def reason(
     tails: N prompts as tokens after the shared `reason` prefix (`Engine.tails`). Returns N x samples results, the
     samples of a prompt side by side; its prompt is computed once.
     """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: must be at least 1")
     results: list[Reasoned | None] = [None] * (len(tails) * samples)
     order = sorted(range(len(tails)), key=lambda row: len(tails[row]))
     prompts_at_once = max(1, batch_rows // samples)

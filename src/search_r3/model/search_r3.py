@@ -130,9 +130,9 @@ class SearchR3:
     ) -> np.ndarray:
         """Embed queries, after reasoning over them if `reason`. Returns (N, dimension) float32 with unit rows.
 
-        samples: think that many times about each query and take the mean.
+        samples: think that many times about each query and take the mean; several imply `reason`.
         """
-        if reason:
+        if reason or samples > 1:
             results = self.reason(queries, samples=samples, max_tokens=max_tokens, progress=progress)
             vectors = np.stack([r.vector for r in results]) if results else np.empty((0, self.dimension), np.float32)
             return mean_vectors(vectors, samples)

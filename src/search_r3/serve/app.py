@@ -227,7 +227,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
         where = dict(body.filters) or None
         thoughts: list[Reasoned] = []
-        tokens, think = 0, body.reason or body.fuse is not None or body.gate is not None
+        tokens = 0
+        think = body.reason or body.samples > 1 or body.fuse is not None or body.gate is not None
         if not think or body.fuse is not None or body.gate is not None:
             direct, tokens = await worker.embed(model, limits.query, [body.query], keep=True)
             vectors = direct

@@ -126,7 +126,8 @@ class SearchRequest(Model):
     reason: bool = False
     """Think before embedding."""
     samples: int = Field(default=1, ge=1, le=16)
-    """Think so often, and search with the mean of the vectors. Several are drawn at random, so answers may differ."""
+    """Think so often, and search with the mean of the vectors. Several imply `reason`, and are drawn at random: answers
+    may differ."""
     fuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """Weight of the reasoned vector beside the direct one; implies `reason`."""
     gate: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)

