@@ -69,7 +69,8 @@ class MtebEncoder:
     @property
     def mteb_model_meta(self) -> ModelMeta:
         """What is known of the model."""
-        return _meta(self.model, {"reason": self.reason, "samples": self.samples if self.samples > 1 else 0}, "dense")
+        several = {"samples": self.samples} if self.samples > 1 else {}
+        return _meta(self.model, {"reason": self.reason, **several}, "dense")
 
 
 class MtebSearch:
