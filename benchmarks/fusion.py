@@ -1,4 +1,4 @@
-"""How much words should count in hybrid search: nDCG@10 by weight, beside reciprocal rank fusion, on BEIR folders.
+"""How words should count in hybrid search: nDCG@10 by way and weight, beside reciprocal rank fusion, on BEIR folders.
 
     python benchmarks/fusion.py data/covid-faq data/perlfaq --limit 100 --json
 
@@ -15,19 +15,30 @@ import numpy as np
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import load_collection
 from search_r3.evaluate.metrics import score_queries
-from search_r3.index.lexical import LexicalIndex, fuse_scores
+from search_r3.index.lexical import LexicalIndex
 
-DEPTH = 100  # documents of each ranking
-WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 100.0)  # the vectors alone ... almost BM25 alone
+WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+DEPTH = 100  # documents of a ranking
 
 
-def by_ranks(dense: dict[str, float], words: dict[str, float], constant: int = 60) -> dict[str, float]:
-    """Reciprocal rank fusion (Cormack et al., 2009) of two rankings given by their scores."""
-    fused: dict[str, float] = {}
-    for scores in (dense, words):
-        for rank, name in enumerate(sorted(scores, key=lambda n: -scores[n]), 1):
-            fused[name] = fused.get(name, 0.0) + 1 / (constant + rank)
+def by_ranks(cosines: np.ndarray, words: np.ndarray, constant: int = 60) -> np.ndarray:
+    """Reciprocal rank fusion (Cormack et al., 2009) of the best of two rankings given by their scores, (N,)."""
+    fused = np.zeros(len(cosines))
+    for scores in (cosines, words):
+        order = np.argsort(-scores, kind="stable")[:DEPTH]
+        order = order[scores[order] > 0]
+        fused[order] += 1 / (constant + np.arange(1, len(order) + 1))
     return fused
+
+
+def shared(cosines: np.ndarray, words: np.ndarray, weight: float) -> np.ndarray:
+    """Cosine + weight * the share of the query's best BM25 score."""
+    return cosines + weight * words / max(words.max(), 1e-9)
+
+
+def covered(cosines: np.ndarray, words: np.ndarray, weight: float) -> np.ndarray:
+    """Cosine + weight * coverage, as `Retriever` does."""
+    return cosines + weight * words
 
 
 def measure(model: SearchR3, folder: Path, limit: int, tokens: int) -> dict[str, float]:
@@ -36,15 +47,19 @@ def measure(model: SearchR3, folder: Path, limit: int, tokens: int) -> dict[str,
     names = [document.id for document in collection.documents]
     texts = [query.text for query in collection.queries]
     cosines = model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
-    words = LexicalIndex.build([document.content for document in collection.documents], range(len(names)))
-    pairs = []
-    for cosine, scores, rows in zip(cosines, *words.search(texts, DEPTH), strict=True):
-        dense = {names[row]: float(cosine[row]) for row in np.argsort(-cosine)[:DEPTH]}
-        pairs.append((dense, {names[row]: float(s) for row, s in zip(rows, scores, strict=True) if row >= 0}))
-    ways = {"ranks": by_ranks} | {f"weight_{w:g}": partial(fuse_scores, weight=w) for w in WEIGHTS}
+    index = LexicalIndex.build([document.content for document in collection.documents], range(len(names)))
+    words = [index.coverage(text, len(names)) for text in texts]
+    ways = {"vectors": lambda c, w: c, "bm25": lambda c, w: w, "ranks": by_ranks}
+    for weight in WEIGHTS:
+        ways[f"share_{weight:g}"] = partial(shared, weight=weight)
+        ways[f"coverage_{weight:g}"] = partial(covered, weight=weight)
     found = {}
     for name, way in ways.items():
-        run = {query.id: way(*pair) for query, pair in zip(collection.queries, pairs, strict=True)}
+        run = {}
+        for query, *pair in zip(collection.queries, cosines, words, strict=True):
+            scores = way(*pair)
+            best = np.argsort(-scores, kind="stable")[:DEPTH]
+            run[query.id] = {names[row]: float(scores[row]) for row in best}
         found[name] = float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
     return found
 
@@ -55,9 +70,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="default")
     parser.add_argument("--limit", type=int, default=100, help="first queries of each folder (100)")
     parser.add_argument("--tokens", type=int, default=128, help="documents are cut here (128)")
+    parser.add_argument("--precision", default="auto", help="of the model (auto)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = SearchR3.from_pretrained(args.checkpoint)
+    model = SearchR3.from_pretrained(args.checkpoint, precision=args.precision)
     result = {folder.name: measure(model, folder, args.limit, args.tokens) for folder in args.folders}
     result["mean"] = {
         name: float(np.mean([row[name] for row in result.values()])) for name in next(iter(result.values()))

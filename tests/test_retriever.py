@@ -3,6 +3,7 @@ import pytest
 
 from search_r3 import Document, Retriever, SearchR3
 from search_r3.errors import DataError, StoreError
+from search_r3.index.lexical import LexicalIndex
 from search_r3.model.prompts import SystemPrompts
 from search_r3.passages import Splitting
 from tests.conftest import TEXTS
@@ -44,10 +45,23 @@ def test_reason_fuse_and_hybrid(retriever):
     assert [hit.id for hit in reasoned.hits] == [str(n) for n in np.argsort(-scores)[:3]]
     only = retriever.search(TEXTS[0], 3, fuse=0.0, max_new_tokens=4)
     assert [(h.id, pytest.approx(h.score, abs=1e-5)) for h in only.hits] == [(h.id, h.score) for h in direct.hits]
-    hybrid = retriever.search("capital of France", 6, hybrid=True)
-    assert hybrid.hits[0].id == "3"
-    cosine = {hit.id: hit.score for hit in retriever.search("capital of France", 6).hits}["3"]
-    assert hybrid.hits[0].score == pytest.approx(cosine + 0.2, abs=1e-5)  # the best by its words, too
+
+
+def test_hybrid_adds_the_words_to_every_cosine(retriever, monkeypatch):
+    query = "folder"
+    cosines = (
+        retriever.model.encode_documents([d.content for d in DOCUMENTS]) @ retriever.model.encode_queries([query])[0]
+    )
+    covered = LexicalIndex.build([d.content for d in DOCUMENTS], range(len(DOCUMENTS))).coverage(query, len(DOCUMENTS))
+    expected = cosines + 0.5 * covered
+    order = np.argsort(-expected)
+    found = retriever.search(query, len(DOCUMENTS), hybrid=True).hits
+    assert [hit.id for hit in found] == [DOCUMENTS[row].id for row in order]
+    assert [hit.score for hit in found] == pytest.approx(expected[order], abs=1e-5)
+    assert order[0] == np.argmax(covered) != np.argmax(cosines)  # its words decide
+    monkeypatch.setattr("search_r3.retriever.FUSION_DEPTH", 1)  # found by its words only, and has its cosine
+    best = retriever.search(query, 1, hybrid=True).hits[0]
+    assert (best.id, best.score) == (found[0].id, pytest.approx(found[0].score))
 
 
 def test_the_mean_of_several_thoughts_is_searched_with(retriever):

@@ -17,7 +17,7 @@ from search_r3.files import new_folder
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
-from search_r3.index.lexical import LexicalIndex, fuse_scores
+from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
 from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
 from search_r3.model.reasoning import TextCallback, mean_vectors
 from search_r3.model.search_r3 import SearchR3
@@ -332,8 +332,8 @@ class Retriever:
         reason: think before embedding. samples: think that often, and search with the mean of the vectors. fuse: weight
         in [0, 1] of the reasoned vector in a sum with the direct one. gate: reason only over queries whose best direct
         hit leads the second by less than this, in cosine; `search-r3 eval` shows what a gate saves. Several samples,
-        fuse and gate imply `reason`. hybrid: add BM25 (`fuse_scores`). where: only documents whose metadata has these
-        values; a list accepts any of its values. Raises DataError for an empty query.
+        fuse and gate imply `reason`. hybrid: add BM25 (`LexicalIndex.coverage`). where: only documents whose metadata
+        has these values; a list accepts any of its values. Raises DataError for an empty query.
         """
         if k < 1:
             raise DataError(f"k={k}: must be at least 1")
@@ -387,16 +387,12 @@ class Retriever:
             depth = max(k, FUSION_DEPTH) if texts is not None else k
             allowed = self.store.matching(where) if where else None
             scores, rows = self._rank(vectors, depth, allowed)
-            if texts is not None:
-                lexical_scores, lexical_rows = self.lexical().search(texts, 2 * depth, allowed)
             hits = []
-            for query in range(len(vectors)):
-                ranking = self._documents(rows[query], scores[query])
-                if texts is not None:
-                    other = self._documents(lexical_rows[query], lexical_scores[query])
-                    fused = fuse_scores(_scores(ranking), _scores(other))
-                    found = {**other, **ranking}
-                    ranking = {name: (fused[name], found[name][1]) for name in sorted(fused, key=lambda n: -fused[n])}
+            for query, vector in enumerate(vectors):
+                if texts is None:
+                    ranking = self._documents(rows[query], scores[query])
+                else:
+                    ranking = self._documents(*self._with_words(vector, rows[query], texts[query], 2 * depth, allowed))
                 hits.append(
                     [_hit(rank, score, passage) for rank, (score, passage) in enumerate(islice(ranking.values(), k), 1)]
                 )
@@ -428,6 +424,23 @@ class Retriever:
                 return scores, rows
             depth *= 4
 
+    def _with_words(
+        self, vector: np.ndarray, rows: np.ndarray, text: str, depth: int, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by cosine and words in common, best first, and their scores: those given, and the `depth` best by words.
+
+        Both parts are computed for every row, whichever ranking it comes from.
+        """
+        covered = self.lexical().coverage(text, self.store.rows)
+        if allowed is not None:
+            covered *= allowed
+        best = np.argpartition(-covered, depth)[:depth] if depth < len(covered) else np.arange(len(covered))
+        candidates = np.union1d(rows[rows >= 0], best[covered[best] > 0])
+        cosines = np.asarray(self.store.vectors[candidates], dtype=np.float32) @ vector
+        scores = cosines + LEXICAL_WEIGHT * covered[candidates]
+        order = np.argsort(-scores, kind="stable")
+        return candidates[order], scores[order]
+
     def _documents(self, rows: np.ndarray, scores: np.ndarray) -> dict[str, tuple[float, Passage]]:
         """Documents by id, best first, each with its best passage."""
         best: dict[str, tuple[float, Passage]] = {}
@@ -435,10 +448,6 @@ class Retriever:
         for score, passage in zip(scores[kept].tolist(), self.store.get(rows[kept].tolist()), strict=True):
             best.setdefault(passage.document.id, (score, passage))
         return best
-
-
-def _scores(ranking: Mapping[str, tuple[float, Passage]]) -> dict[str, float]:
-    return {name: score for name, (score, _) in ranking.items()}
 
 
 def margin(scores: Sequence[float]) -> float:

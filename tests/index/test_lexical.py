@@ -1,7 +1,9 @@
+import math
+
 import pytest
 
 from search_r3.errors import StoreError
-from search_r3.index.lexical import LexicalIndex, fuse_scores
+from search_r3.index.lexical import LexicalIndex
 
 TEXTS = ["the cat sat on the mat", "dogs chase cats", "stock markets fell today"]
 
@@ -27,11 +29,19 @@ def test_damaged_folder(tmp_path):
         LexicalIndex.load(tmp_path)
 
 
-def test_fused_scores_by_hand():
-    fused = fuse_scores({"a": 0.9, "b": 0.5}, {"b": 8.0, "c": 4.0})
-    assert fused == {"a": 0.9, "b": 0.5 + 0.2, "c": 0.5 + 0.1}  # c is as far as the last of the dense ranking
+def test_coverage_is_bm25_over_the_idf_of_all_words_of_the_query():
+    index = LexicalIndex.build(TEXTS, [0, 2, 3])
+    covered = index.coverage("stock markets", 5)
+    assert covered.shape == (5,)
+    assert covered[[0, 1, 2, 4]].tolist() == [0, 0, 0, 0]
+    length, mean = 4, (3 + 3 + 4) / 3  # words that are no stop words
+    assert covered[3] == pytest.approx(1 / (1 + 0.9 * (1 - 0.4 + 0.4 * length / mean)), rel=1e-5)
+    rare, unknown = math.log(1 + 2.5 / 1.5), math.log(1 + 3.5 / 0.5)
+    half = index.coverage("stock zebra", 5)  # a word that no text has counts as the rarest
+    assert half[3] == pytest.approx(covered[3] * rare / (rare + unknown), rel=1e-5)
 
 
-def test_without_common_words_the_dense_scores_stay():
-    assert fuse_scores({"a": 0.9, "b": -0.5}, {}) == {"a": 0.9, "b": -0.5}
-    assert fuse_scores({}, {}) == {}
+@pytest.mark.parametrize("query", ["", "the", "zebra", "!?"])
+def test_nothing_is_covered_where_no_word_is_known(query):
+    assert LexicalIndex.build(TEXTS, range(3)).coverage(query, 3).tolist() == [0, 0, 0]
+    assert LexicalIndex.build([], []).coverage(query, 3).tolist() == [0, 0, 0]

@@ -5,7 +5,7 @@ Lucene's idf, k1 0.9, b 0.4, English stemming and stop words: the setting of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from search_r3.errors import StoreError
 
-LEXICAL_WEIGHT = 0.2  # what the best lexical match is worth, in cosine
+LEXICAL_WEIGHT = 0.5  # of `coverage` beside the cosine; how it was chosen stands in docs/evaluation.md
 
 
 class LexicalIndex:
@@ -71,25 +71,30 @@ class LexicalIndex:
         rows[:, :wanted] = np.where(positive, self._rows[found], -1)
         return scores, rows
 
+    def coverage(self, query: str, rows: int) -> np.ndarray:
+        """(rows,) float32: how much of a query each row holds, its BM25 over the sum of the query's idf, in [0, 1).
 
-def _tokenise(texts: list[str]) -> Any:
+        rows: how many row numbers there are. A word that no row has counts as the rarest: a query of which little is
+        known is not answered by its common words. Unlike a rank or a share of the best score (Bruch et al., 2022, arXiv
+        2210.11934), it can be added to a cosine whatever else was found.
+        """
+        found = np.zeros(rows, dtype=np.float32)
+        words = [word for word in _tokenise([query], return_ids=False)[0] if word]
+        if self._retriever is None or not words:
+            return found
+        ids = self._retriever.get_tokens_ids(words)
+        if ids:
+            texts = self._retriever.scores["num_docs"]
+            having = np.diff(self._retriever.scores["indptr"])[ids]
+            having = np.append(having, np.zeros(len(words) - len(ids)))
+            ceiling = np.log1p((texts - having + 0.5) / (having + 0.5)).sum()  # Lucene's idf, term frequency at most 1
+            found[self._rows] = self._retriever.get_scores_from_ids(ids) / ceiling
+        return found
+
+
+def _tokenise(texts: list[str], return_ids: bool = True) -> Any:
     import bm25s
     import Stemmer
 
-    return bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
-
-
-def fuse_scores(
-    dense: Mapping[str, float], lexical: Mapping[str, float], weight: float = LEXICAL_WEIGHT
-) -> dict[str, float]:
-    """Cosine + weight * BM25 / the best BM25, for every document of either ranking.
-
-    Scores keep what ranks lose: by how much a document leads (Bruch et al., 2022, arXiv 2210.11934). A document that
-    the dense ranking lacks gets that ranking's lowest score, one that the lexical ranking lacks gets 0. How the weight
-    was chosen stands in docs/evaluation.md.
-
-    >>> fuse_scores({"a": 0.5, "b": 0.25}, {"b": 8.0, "c": 4.0})
-    {'a': 0.5, 'b': 0.45, 'c': 0.35}
-    """
-    lowest, best = min(dense.values(), default=0.0), max(lexical.values(), default=1.0)
-    return {name: dense.get(name, lowest) + weight * lexical.get(name, 0.0) / best for name in {**dense, **lexical}}
+    stemmer = Stemmer.Stemmer("english")
+    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False)
