@@ -69,7 +69,8 @@ def eval_(
     """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
 
     Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, control-repeat,
-    control-fixed, control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing.
+    control-fixed, control-other, bm25, minilm. Document vectors are cached: a second run encodes nothing. An
+    interrupted run goes on with the data set it had reached.
 
     Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
     """
@@ -88,7 +89,7 @@ def eval_(
         return
     assert datasets
     with err.status("loading"):
-        from search_r3.evaluate.report import markdown, rich_table
+        from search_r3.evaluate.report import markdown, rich_tables
         from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
         from search_r3.files import write_text
 
@@ -113,7 +114,7 @@ def eval_(
             err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
         err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
 
-    with interruptible("document vectors are cached; the same command goes on"):
+    with interruptible("finished data sets and document vectors are kept; the same command goes on"):
         results = evaluate(
             loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
             fuse=fuse, samples=samples, precision=precision.value, on_result=on_result,
@@ -129,7 +130,7 @@ def eval_(
     if json_:
         print_json(report)
     else:
-        out.print(rich_table(report))
+        out.print(*rich_tables(report))
 
 
 def _mean(scores: dict[str, float]) -> float:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from search_r3.evaluate.collection import DEMO
-from search_r3.evaluate.report import rich_table
+from search_r3.evaluate.report import rich_tables
 from search_r3.evaluate.run import Mode, evaluate, summarise
 from search_r3.files import cache_home
 from search_r3.model.search_r3 import SearchR3
@@ -78,7 +78,7 @@ def run_demo(model: SearchR3, out: Console | None, show_hits: Callable[[str, lis
     report = summarise(evaluate(model, [DEMO], modes, index_folder=folder, progress=None if out else False), model)
     seconds = time.perf_counter() - started
     if out:
-        out.print(rich_table(report))
+        out.print(*rich_tables(report))
         out.print(f"\nAll of it took {seconds:.0f} s. Now try your own files:")
         out.print("    search-r3 index FOLDER my-index\n    search-r3 search my-index")
     scores = {mode: values["nDCG@10"] for mode, values in report["average"].items()}

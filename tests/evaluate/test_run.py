@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from search_r3.errors import DataError
 from search_r3.evaluate import run
 from search_r3.evaluate.collection import DEMO, load_collection
-from search_r3.evaluate.report import markdown, rich_table
+from search_r3.evaluate.report import markdown, rich_tables
 from search_r3.evaluate.run import evaluate, summarise
 
 MODES = tuple(mode for mode in run.MODES if mode != "minilm")
@@ -42,7 +43,8 @@ def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
     page = markdown(report, "search-r3 eval small")
     assert "| small | **1.000** |" in page
     assert "search-r3 eval small" in page
-    assert rich_table(report).row_count == 1
+    tables = rich_tables(report)
+    assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 5)]
 
 
 def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, small):
@@ -55,6 +57,29 @@ def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, smal
     (result,) = evaluate(model, [small], ["direct"])
     assert (result.encoded, result.documents) == (1, 11)
     assert all("d11" not in top for top in result.modes["direct"].top.values())
+
+
+def test_an_interrupted_evaluation_goes_on(model, small, tmp_path, monkeypatch):
+    other = Path(shutil.copytree(small, tmp_path / "other"))
+    whole = evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2)
+    thought = []
+    reason = model.reason
+    monkeypatch.setattr(model, "reason", lambda texts, **kw: (thought.append(len(texts)), reason(texts, **kw))[1])
+
+    def interrupt(result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2, on_result=interrupt)
+    resumed = evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2)
+    assert len(thought) == 2  # one for each collection
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert {m: r.scores for m, r in ours.modes.items()} == {m: r.scores for m, r in theirs.modes.items()}
+        assert ours.signals == theirs.signals
+    before, after = (summarise(results, model) for results in (whole, resumed))
+    assert (before["gate"], before["examples"]) == (after["gate"], after["examples"])
+    evaluate(model, [small], ["reason"], max_new_tokens=4)
+    assert len(thought) == 3  # a finished one is done anew
 
 
 def test_limit_and_baselines_without_a_model(small):

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from search_r3.evaluate.metrics import METRICS
@@ -13,16 +14,22 @@ from search_r3.evaluate.metrics import METRICS
 LABELS = {"nDCG@10": "nDCG@10", "R@100": "Recall@100", "RR@10": "MRR@10"}
 
 
-def rich_table(report: dict[str, Any], metric: str = "nDCG@10") -> Table:
-    """One metric: a row for each collection, a column for each mode, the best of each row in bold."""
+def rich_tables(report: dict[str, Any], metric: str = "nDCG@10", columns: int = 5) -> list[Table]:
+    """One metric: a row for each collection, a column for each mode, the best of each row in bold; a table holds only
+    so many columns, so that it fits a terminal."""
     modes = list(report["average"])
-    table = Table("data set", *modes, title=LABELS[metric], title_justify="left")
-    for name, collection in report["collections"].items():
-        table.add_row(name, *_bold([collection["modes"][mode][metric] for mode in modes], "[bold]{}[/bold]"))
-    if len(report["collections"]) > 1:
-        table.add_section()
-        table.add_row("average", *_bold([report["average"][mode][metric] for mode in modes], "[bold]{}[/bold]"))
-    return table
+    rows = {name: collection["modes"] for name, collection in report["collections"].items()}
+    if len(rows) > 1:
+        rows["average"] = report["average"]
+    cells = {name: _bold([row[mode][metric] for mode in modes], "[bold]{}[/bold]") for name, row in rows.items()}
+    tables = []
+    for first in range(0, len(modes), columns):
+        shown = slice(first, first + columns)
+        headings = [mode.replace("-", "-\n") for mode in modes[shown]]
+        tables.append(Table("data set", *headings, title=LABELS[metric], title_justify="left"))
+        for name, values in cells.items():
+            tables[-1].add_row(escape(name), *values[shown], end_section=name == list(report["collections"])[-1])
+    return tables
 
 
 def markdown(report: dict[str, Any], command: str) -> str:

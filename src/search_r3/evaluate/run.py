@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
 from search_r3.evaluate.gate import best, curve, signals
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
-from search_r3.files import cache_home
+from search_r3.files import cache_home, write_text
 from search_r3.model.reasoning import mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
@@ -99,17 +100,41 @@ def evaluate(
     samples: reasonings of each query, whose vectors' mean is searched with; the controls have as many.
     precision: the model's arithmetic, as given to `from_pretrained`; cached vectors of another are not used.
     index_folder: an index of the (one) collection to use instead of the cached one. on_result: called after each
-    collection. Raises DataError for a broken collection, before anything is encoded.
+    collection. Interrupted, the same evaluation goes on with the collection it had reached.
+    Raises DataError for a broken collection, before anything is encoded.
     """
     collections = [load_collection(folder, split, limit) for folder in folders]
-    results = []
+    results, kept = [], []
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
-        result = _evaluate_one(model, collection, cached, modes, max_tokens, max_new_tokens, fuse, samples, progress)
+        settings = [cached, modes, max_new_tokens, fuse, samples, version("search-r3"), collection]
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        kept.append(cache_home() / "eval" / f"{collection.name}-{digest}.json")
+        result = _load(kept[-1]) if kept[-1].exists() else None
+        if result is None:
+            result = _evaluate_one(
+                model, collection, cached, modes, max_tokens, max_new_tokens, fuse, samples, progress
+            )
+            kept[-1].parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept[-1], json.dumps(asdict(result), default=lambda vector: []))
         results.append(result)
         if on_result:
             on_result(result)
+    for path in kept:  # an evaluation that was not interrupted is done anew when it is asked for again
+        path.unlink()
     return results
+
+
+def _load(path: Path) -> CollectionResult | None:
+    """What an interrupted evaluation kept of a collection, the reasonings without their vectors; None if damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept["modes"] = {mode: ModeResult(**values) for mode, values in kept["modes"].items()}
+        for several in kept["reasoned"].values():
+            several[:] = [Reasoned(**one | {"vector": np.empty(0), "status": Status(one["status"])}) for one in several]
+        return CollectionResult(**kept)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _evaluate_one(
