@@ -52,20 +52,14 @@ class LexicalIndex:
         except Exception as error:
             raise StoreError(f"{folder}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
 
-    def search(self, queries: Sequence[str], k: int, alive: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1).
-
-        alive: bool by row number; rows that are false are not returned.
-        """
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1)."""
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         wanted = min(k, len(self._rows))
         if not wanted or self._retriever is None:
             return scores, rows
-        mask = None if alive is None else alive[self._rows].astype(np.float32)
-        found, values = self._retriever.retrieve(
-            _tokenise(list(queries)), k=wanted, show_progress=False, weight_mask=mask
-        )
+        found, values = self._retriever.retrieve(_tokenise(list(queries)), k=wanted, show_progress=False)
         positive = values > 0
         scores[:, :wanted] = np.where(positive, values, -np.inf)
         rows[:, :wanted] = np.where(positive, self._rows[found], -1)
@@ -77,6 +71,10 @@ class LexicalIndex:
         rows: how many row numbers there are. A word that no row has counts as the rarest: a query of which little is
         known is not answered by its common words. Unlike a rank or a share of the best score (Bruch et al., 2022, arXiv
         2210.11934), it can be added to a cosine whatever else was found.
+
+        >>> index = LexicalIndex.build(["pack many files", "list files"], [0, 1])
+        >>> [round(float(share), 2) for share in index.coverage("pack files", 2)]
+        [0.51, 0.11]
         """
         found = np.zeros(rows, dtype=np.float32)
         words = [word for word in _tokenise([query], return_ids=False)[0] if word]
