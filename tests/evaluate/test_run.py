@@ -44,7 +44,7 @@ def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
     assert "| small | **1.000** |" in page
     assert "search-r3 eval small" in page
     tables = rich_tables(report)
-    assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 5)]
+    assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 6)]
 
 
 def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, small):
@@ -80,6 +80,15 @@ def test_an_interrupted_evaluation_goes_on(model, small, tmp_path, monkeypatch):
     assert (before["gate"], before["examples"]) == (after["gate"], after["examples"])
     evaluate(model, [small], ["reason"], max_new_tokens=4)
     assert len(thought) == 3  # a finished one is done anew
+
+
+@pytest.mark.parametrize(("weight", "same"), [(0.0, "direct"), (1.0, "control-fixed")])
+def test_the_control_of_the_sum_lies_between_direct_and_fixed_text(model, small, weight, same):
+    (result,) = evaluate(model, [small], ["direct", "control-fixed", "control-fused"], max_new_tokens=4, fuse=weight)
+    assert result.modes["control-fused"].top == result.modes[same].top
+    assert result.modes["direct"].top != result.modes["control-fixed"].top
+    (alone,) = evaluate(model, [small], ["control-fused"], max_new_tokens=4, fuse=weight)
+    assert alone.modes["control-fused"].top == result.modes["control-fused"].top
 
 
 def test_limit_and_baselines_without_a_model(small):

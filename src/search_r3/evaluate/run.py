@@ -34,6 +34,7 @@ Mode = Literal[
     "control-repeat",
     "control-fixed",
     "control-other",
+    "control-fused",
     "bm25",
     "minilm",
 ]
@@ -224,7 +225,7 @@ def _run_model(
         search("direct", direct, direct_seconds, direct_tokens)
     if "hybrid" in modes:
         search("hybrid", direct, direct_seconds, direct_tokens, texts)
-    if not set(modes) & {"reason", "fused", "reason-hybrid", *CONTROLS}:
+    if not set(modes) & {"reason", "fused", "reason-hybrid", "control-fused", *CONTROLS}:
         return
     started = time.perf_counter()
     reasoned = model.reason(texts, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
@@ -243,13 +244,20 @@ def _run_model(
         search("fused", fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens)
     thoughts = engine.plain_ids([r.text for r in reasoned])
     for mode in CONTROLS:
+        fused = mode == "control-fixed" and "control-fused" in modes
+        if not fused and mode not in modes:
+            continue
+        fixed = engine.plain_ids([FIXED_TEXT])[0]
+        stand_ins = control_thoughts(mode, engine.plain_ids(texts), thoughts, fixed, samples)
+        started = time.perf_counter()
+        asked = [text for text in texts for _ in range(samples)]
+        vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
+        seconds, tokens = time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins))
         if mode in modes:
-            fixed = engine.plain_ids([FIXED_TEXT])[0]
-            stand_ins = control_thoughts(mode, engine.plain_ids(texts), thoughts, fixed, samples)
-            started = time.perf_counter()
-            asked = [text for text in texts for _ in range(samples)]
-            vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
-            search(mode, vectors, time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins)))
+            search(mode, vectors, seconds, tokens)
+        if fused:
+            both = fuse_vectors(direct, vectors, fuse)
+            search("control-fused", both, seconds + direct_seconds, tokens + direct_tokens)
 
 
 def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **settings: Any) -> dict[str, Any]:
