@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of the model (auto)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = SearchR3.from_pretrained(args.checkpoint, precision=args.precision)
+    model = SearchR3.from_pretrained(args.checkpoint, dtype=args.precision)
     result = {folder.name: measure(model, folder, args.limit, args.tokens) for folder in args.folders}
     result["mean"] = {
         name: float(np.mean([row[name] for row in result.values()])) for name in next(iter(result.values()))

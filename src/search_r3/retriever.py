@@ -30,7 +30,7 @@ IndexKind = Literal["exact", "graph"] | Callable[[Store], Index]
 """Or what makes an index of a store's present content, such as `remote.RemoteIndex`."""
 Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
 """From turns of the embed act (`Engine.tails`) to (N, D) float32 vectors."""
-FUSION_DEPTH = 100  # documents of each ranking that take part in hybrid search
+FUSION_DEPTH = 100  # documents by vector, and half of the passages by words, that hybrid search scores
 
 
 @dataclass(slots=True)

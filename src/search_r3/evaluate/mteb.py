@@ -44,7 +44,7 @@ class MtebEncoder:
     ):
         loaded = isinstance(model_name, SearchR3)
         self.model: SearchR3 = model_name if loaded else SearchR3.from_pretrained(model_name, device=device, **kwargs)  # type: ignore[assignment,arg-type]
-        self.reason, self.samples = reason, samples
+        self.reason, self.samples = reason or samples > 1, samples
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """(N, D) float32 vectors of all texts of a DataLoader of mteb's batches."""

@@ -108,7 +108,19 @@ def evaluate(
     results, kept = [], []
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
-        settings = [cached, modes, max_new_tokens, fuse, samples, version("search-r3"), collection]
+        used = model and (model.manifest, model.dimension, str(model.engine.device))
+        settings = [
+            cached,
+            used,
+            modes,
+            max_tokens,
+            max_new_tokens,
+            fuse,
+            samples,
+            precision,
+            version("search-r3"),
+            collection,
+        ]
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         kept.append(cache_home() / "eval" / f"{collection.name}-{digest}.json")
         result = _load(kept[-1]) if kept[-1].exists() else None
@@ -122,7 +134,7 @@ def evaluate(
         if on_result:
             on_result(result)
     for path in kept:  # an evaluation that was not interrupted is done anew when it is asked for again
-        path.unlink()
+        path.unlink(missing_ok=True)
     return results
 
 

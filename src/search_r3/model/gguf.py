@@ -40,11 +40,15 @@ def write(model: SearchR3, folder: Path) -> None:
 
     config, tokenizer = model.engine.model.config, model.engine.tokenizer
     if config.model_type not in ARCHITECTURES:
-        raise CheckpointError(f"--gguf: {config.model_type} models are not known; known: {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(
+            f"--format gguf: {config.model_type} models are not known; known: {', '.join(ARCHITECTURES)}"
+        )
     if model.dimension != model.manifest.dimension:
-        raise CheckpointError("--gguf: the vectors of an exported model are whole; load it without --dims")
+        raise CheckpointError(
+            "--format gguf: the vectors of an exported model are whole; export the checkpoint as it is"
+        )
     if config.rope_parameters.get("rope_type", "default") != "default" or getattr(config, "use_sliding_window", False):
-        raise CheckpointError("--gguf: scaled positions and sliding windows are not supported")
+        raise CheckpointError("--format gguf: scaled positions and sliding windows are not supported")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _pre_tokenizer(described)
     heads, shared = config.num_attention_heads, config.num_key_value_heads
@@ -95,7 +99,7 @@ def write(model: SearchR3, folder: Path) -> None:
                 values = _interleaved(values, heads if "q_proj" in name else shared)
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
-                raise CheckpointError(f"--gguf: llama.cpp has no place for {name}")
+                raise CheckpointError(f"--format gguf: llama.cpp has no place for {name}")
             writer.add_tensor(known, values if values.ndim == 1 else values.astype(np.float16))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -116,7 +120,9 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == QWEN2:
             return "qwen2"
-    raise CheckpointError(f"--gguf: a tokenizer of this kind is not known ({described['model']['type']}, {kinds})")
+    raise CheckpointError(
+        f"--format gguf: a tokenizer of this kind is not known ({described['model']['type']}, {kinds})"
+    )
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -135,10 +141,7 @@ in the place of TEXT (remove control tokens such as `{model.manifest.embed_token
 {turn(model)}
 ```
 
-For instance:
-
-```
-llama-embedding -m {NAME} --embd-normalize 2 -e -p {json.dumps(turn(model, "many files into one"))}
-llama-server -m {NAME} --embeddings      # POST /v1/embeddings with such an input
-```
+`llama-server -m {NAME} --embeddings -b 2048 -ub 2048` takes it as the input of POST /v1/embeddings. search-r3 strips a
+text, and cuts a document at {model.manifest.max_tokens.document} tokens and a query at
+{model.manifest.max_tokens.query}; a longer one has another vector here.
 """
