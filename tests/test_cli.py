@@ -157,6 +157,7 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
     [
         (["index", "nowhere", "i"], "nowhere: no such file or folder"),
         (["search", "nowhere", "q"], "nowhere: no index here"),
+        (["search", "nowhere", "q", "--direct", "--samples", 8], "--direct does not think"),
         (["info", "nowhere"], "nowhere: no such folder"),
         (["embed", "x", "-c", "nowhere"], "nowhere: no such folder"),
         (["eval", "nowhere", "--modes", "bm25"], "nowhere: no such folder"),
@@ -229,10 +230,11 @@ def test_export_writes_a_card_and_refuses_a_full_folder(run, checkpoint, tmp_pat
     assert run("export", tmp_path / "out", "-c", checkpoint)[0] == 2
     code, output, error = run("export", tmp_path / "file", "-c", checkpoint, "--format", "gguf")
     assert (code, "model.gguf" in output) == (0, True), error
-    code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "no")
-    assert (code, "OWNER/NAME" in error) == (2, True)
+    for name in ("no", "a/", "a/b/c"):
+        code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", name)
+        assert (code, "OWNER/NAME" in error) == (2, True)
     code, _, error = run("export", tmp_path / "pushed", "-c", checkpoint, "--push", "a/b")
-    assert (code, "is written, but was not uploaded" in error) == (2, True)
+    assert (code, "is written, but was not uploaded" in error, "hf upload" in error) == (2, True, True)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -91,7 +92,8 @@ def export(
     folder: Annotated[Path, typer.Argument(help="New folder.")],
     checkpoint: Checkpoint = "default",
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub, as a private repository.")
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Also upload it to the model hub; a new repository is private."),
     ] = None,
     format_: Annotated[
         Format,
@@ -105,8 +107,8 @@ def export(
     """
     from search_r3.errors import CheckpointError
 
-    if push is not None and push.count("/") != 1:
-        raise CheckpointError(f"--push {push}: give OWNER/NAME")
+    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise CheckpointError(f"--push {push}: not a name of the form OWNER/NAME")
     model = load_model(checkpoint)
     from search_r3.model import export, gguf, openvino
 
@@ -132,7 +134,10 @@ def export(
             HfApi().upload_folder(repo_id=push, folder_path=folder)
         except Exception as error:  # the hub raises a dozen unrelated types
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{folder} is written, but was not uploaded to {push}: {reason}") from error
+            raise CheckpointError(
+                f"{folder} is written, but was not uploaded to {push}: {reason}; upload it later with: "
+                f"hf upload --private {push} {folder} (log in before: hf auth login)"
+            ) from error
     report = {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.rglob("*")), "pushed": push}
     if json_:
         print_json(report)

@@ -2,12 +2,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
 from search_r3.model.checkpoint import initialise
-from search_r3.model.gguf import NAME, turn, write
+from search_r3.model.gguf import NAME, _interleaved, turn, write
 from tests.conftest import TEXTS, build_base, build_tokenizer
 
 
@@ -30,6 +31,23 @@ def test_another_reader_of_the_file_gets_our_vectors(tmp_path, family, tied):
     assert turn(model) in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_added_tokens_and_biases_are_written_as_llama_cpp_reads_them(tmp_path):
+    folder = build_base(tmp_path / "base", spare=8)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    initialise(folder, tmp_path / "checkpoint")
+    model = SearchR3.from_pretrained(tmp_path / "checkpoint")
+    write(model, tmp_path / "out")
+    types = gguf.GGUFReader(tmp_path / "out" / NAME).fields["tokenizer.ggml.token_type"].contents()
+    assert types[tokenizer.convert_tokens_to_ids("<think>")] == gguf.TokenType.USER_DEFINED
+    assert types[model.engine.embed_token_id] == gguf.TokenType.CONTROL
+    weight = np.arange(48.0).reshape(16, 3)  # 2 heads of 8
+    swapped = _interleaved(weight, 2)
+    assert swapped[:4, 0].tolist() == weight[[0, 4, 1, 5], 0].tolist()
+    assert _interleaved(weight[:, 0], 2).tolist() == swapped[:, 0].tolist()
+
+
 def test_what_llama_cpp_would_read_otherwise_is_refused(model, checkpoint, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="vectors of an exported model are whole"):
         write(SearchR3.from_pretrained(checkpoint, dims=8), tmp_path / "cut")
@@ -37,9 +55,15 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(model, checkpoint, tmp_p
     with pytest.raises(CheckpointError, match="gemma3 models are not known"):
         write(model, tmp_path / "unknown")
     monkeypatch.undo()
-    tokenizer = build_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = None
-    monkeypatch.setattr(model.engine, "tokenizer", tokenizer)
-    with pytest.raises(CheckpointError, match="tokenizer of this kind"):
-        write(model, tmp_path / "split")
+    with pytest.raises(CheckpointError, match="int8 model cannot be saved"):
+        write(SearchR3.from_pretrained(checkpoint, dtype="int8"), tmp_path / "int8")
+    for part, value, message in [
+        ("pre_tokenizer", None, "tokenizer of this kind"),
+        ("normalizer", normalizers.Lowercase(), "does not normalise text; the tokenizer does .Lowercase"),
+    ]:
+        tokenizer = build_tokenizer()
+        setattr(tokenizer.backend_tokenizer, part, value)
+        monkeypatch.setattr(model.engine, "tokenizer", tokenizer)
+        with pytest.raises(CheckpointError, match=message):
+            write(model, tmp_path / part)
     assert not list(tmp_path.glob("*/model.gguf"))

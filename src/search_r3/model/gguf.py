@@ -38,6 +38,7 @@ def write(model: SearchR3, folder: Path) -> None:
     """
     import gguf
 
+    model.check_whole()
     config, tokenizer = model.engine.model.config, model.engine.tokenizer
     if config.model_type not in ARCHITECTURES:
         raise CheckpointError(
@@ -71,12 +72,15 @@ def write(model: SearchR3, folder: Path) -> None:
         writer.add_vocab_size(config.vocab_size)
         writer.add_pooling_type(gguf.PoolingType.LAST)
 
-        control = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder
         tokens = [f"[unused {n}]" for n in range(config.vocab_size)]
         types = [gguf.TokenType.UNUSED] * config.vocab_size
         for token, index in tokenizer.get_vocab().items():
             tokens[index] = token
-            types[index] = gguf.TokenType.CONTROL if index in control else gguf.TokenType.NORMAL
+            if index not in added:
+                types[index] = gguf.TokenType.NORMAL
+            else:
+                types[index] = gguf.TokenType.CONTROL if added[index].special else gguf.TokenType.USER_DEFINED
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(kind)
         writer.add_token_list(tokens)
@@ -95,7 +99,7 @@ def write(model: SearchR3, folder: Path) -> None:
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
             values = tensor.detach().float().cpu().numpy()
-            if config.model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            if config.model_type == "llama" and ("q_proj." in name or "k_proj." in name):
                 values = _interleaved(values, heads if "q_proj" in name else shared)
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
@@ -110,6 +114,9 @@ def write(model: SearchR3, folder: Path) -> None:
 
 def _pre_tokenizer(described: dict[str, Any]) -> str:
     """llama.cpp's name for how text is split before byte pairs are merged."""
+    normalizer = (described["normalizer"] or {}).get("type")
+    if normalizer not in (None, "NFC"):  # llama.cpp takes text as it is; nearly all text is in NFC
+        raise CheckpointError(f"--format gguf: llama.cpp does not normalise text; the tokenizer does ({normalizer})")
     parts = described["pre_tokenizer"] or {}
     parts = parts["pretokenizers"] if parts.get("type") == "Sequence" else [parts]
     kinds = [part.get("type") for part in parts]
@@ -126,8 +133,8 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of (heads x width, D) in the order of llama.cpp's rotary positions: pairs side by side."""
-    halves = weight.reshape(heads, 2, -1, weight.shape[1])
+    """Rows of (heads x width, ...) in the order of llama.cpp's rotary positions: pairs side by side."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from search_r3.errors import CheckpointError, DataError
-from search_r3.files import new_folder, write_json
+from search_r3.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from search_r3.model.search_r3 import SearchR3
@@ -66,6 +66,25 @@ def write(model: SearchR3, folder: Path) -> None:
         openvino.save_model(graph, temporary / GRAPH, compress_to_fp16=True)
         engine.tokenizer.backend_tokenizer.save(str(temporary / TOKENIZER))
         write_json(temporary / SETTINGS, settings)
+        write_text(temporary / "README.md", _card(model))
+
+
+def _card(model: SearchR3) -> str:
+    return f"""# A search embedding model for CPUs, by OpenVINO
+
+Vectors have {model.dimension} dimensions; compare them by cosine. PyTorch and transformers are not needed:
+`pip install openvino tokenizers numpy`, `pip install --no-deps search-r3`, then
+
+```python
+from search_r3.model.openvino import OpenVinoEncoder
+
+encoder = OpenVinoEncoder("FOLDER")
+encoder.encode_queries(["a question"]) @ encoder.encode_documents(["a document"]).T
+```
+
+It embeds without reasoning; documents are cut at {model.manifest.max_tokens.document} tokens, queries at
+{model.manifest.max_tokens.query}.
+"""
 
 
 class OpenVinoEncoder:

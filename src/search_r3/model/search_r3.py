@@ -196,11 +196,15 @@ class SearchR3:
         scores: np.ndarray = np.asarray(queries, np.float32) @ np.asarray(documents, np.float32).T
         return scores
 
+    def check_whole(self) -> None:
+        """Raises CheckpointError for a model whose weights are no longer those of its checkpoint."""
+        if any("quantized" in type(part).__module__ for part in self.engine.model.modules()):
+            raise CheckpointError("an int8 model cannot be saved; load it with dtype float32 first")
+
     def save_pretrained(self, folder: str | Path) -> Manifest:
         """Write the model (an adapter merged) as a plain checkpoint folder. Raises FileExistsError if it exists."""
         manifest, model = self.manifest, self.engine.model
-        if any("quantized" in type(part).__module__ for part in model.modules()):
-            raise CheckpointError("an int8 model cannot be saved; load it with dtype float32 first")
+        self.check_whole()
         return save(
             Path(folder),
             model,
