@@ -213,7 +213,9 @@ def search(
         str | None, typer.Argument(help="Question; without it, asks interactively or reads lines from standard input.")
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of hits.", min=1, max=10_000)] = 5,
-    reason: Annotated[bool, typer.Option("--reason/--direct", help="Think before embedding, or embed at once.")] = True,
+    reason: Annotated[
+        bool | None, typer.Option("--reason/--direct", help="Think before embedding (the default), or embed at once.")
+    ] = None,
     samples: Samples = 1,
     fuse: Annotated[
         float | None, typer.Option(help="Mix: weight of the reasoned vector beside the direct one.", min=0, max=1)
@@ -239,6 +241,9 @@ def search(
 
     Example:  search-r3 search notes-index "how do I renew the certificate?" --hybrid
     """
+    if reason is False and (samples > 1 or fuse is not None or gate is not None):
+        raise DataError("--direct does not think: leave it out, or leave out --samples, --fuse and --gate")
+    reason = reason is not False
     from search_r3.index.store import Store
 
     with Store.open(folder, verify=False) as store:  # fails at once, before the model is loaded

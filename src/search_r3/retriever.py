@@ -390,12 +390,11 @@ class Retriever:
             hits = []
             for query, vector in enumerate(vectors):
                 if texts is None:
-                    ranking = self._documents(rows[query], scores[query])
+                    ranking = rows[query], scores[query]
                 else:
-                    ranking = self._documents(*self._with_words(vector, rows[query], texts[query], 2 * depth, allowed))
-                hits.append(
-                    [_hit(rank, score, passage) for rank, (score, passage) in enumerate(islice(ranking.values(), k), 1)]
-                )
+                    ranking = self._with_words(vector, rows[query], texts[query], 2 * depth, allowed)
+                best = self._documents(*ranking, k).values()
+                hits.append([_hit(rank, score, passage) for rank, (score, passage) in enumerate(best, 1)])
             return hits
 
     def plane(self, limit: int = 1000) -> tuple[Plane, list[Passage], np.ndarray]:
@@ -420,7 +419,7 @@ class Retriever:
             scores, rows = index.search(vectors, depth)
             if depth >= len(index) or depth >= self.store.passages or self.store.passages == len(self.store):
                 return scores, rows
-            if all(len(self._documents(r, s)) >= documents for r, s in zip(rows, scores, strict=True)):
+            if all(len(self._documents(r, s, documents)) == documents for r, s in zip(rows, scores, strict=True)):
                 return scores, rows
             depth *= 4
 
@@ -441,13 +440,15 @@ class Retriever:
         order = np.argsort(-scores, kind="stable")
         return candidates[order], scores[order]
 
-    def _documents(self, rows: np.ndarray, scores: np.ndarray) -> dict[str, tuple[float, Passage]]:
-        """Documents by id, best first, each with its best passage."""
+    def _documents(self, rows: np.ndarray, scores: np.ndarray, k: int) -> dict[str, tuple[float, Passage]]:
+        """Up to k documents by id, best first, each with its best passage; reads no more than it must."""
         best: dict[str, tuple[float, Passage]] = {}
-        kept = rows >= 0
-        for score, passage in zip(scores[kept].tolist(), self.store.get(rows[kept].tolist()), strict=True):
-            best.setdefault(passage.document.id, (score, passage))
-        return best
+        left = np.flatnonzero(rows >= 0)
+        while len(best) < k and len(left):
+            now, left = left[:k], left[k:]
+            for score, passage in zip(scores[now].tolist(), self.store.get(rows[now].tolist()), strict=True):
+                best.setdefault(passage.document.id, (score, passage))
+        return dict(islice(best.items(), k))
 
 
 def margin(scores: Sequence[float]) -> float:

@@ -48,6 +48,30 @@ def test_documents_come_back_after_reopening(store):
         assert again.vectors.tolist() == [[1.0] * WIDTH] * 2
 
 
+def test_filters_tell_true_from_one_and_from_text(store):
+    values = [True, 1, "true", "json true", False]
+    documents = [Document(str(n), "text", metadata={"flag": value}) for n, value in enumerate(values)]
+    store.put(documents, [(n, 0, 4) for n in range(len(values))], np.ones((len(values), WIDTH), np.float32))
+    for row, value in enumerate(values):
+        assert np.flatnonzero(store.matching({"flag": value})).tolist() == [row]
+    assert np.flatnonzero(store.matching({"flag": [True, "true"]})).tolist() == [0, 2]
+
+
+def test_what_was_derived_from_older_content_is_removed_and_from_newer_kept(store):
+    put(store, "a")
+    kept = store.generation
+    for generation in (kept - 1, kept, kept + 1):
+        (store.folder / f"graph-{generation}").touch()
+    assert store.derived("graph").exists()
+    put(store, "b")
+    put(store, "c")
+    store.generation -= 1  # a process that has not looked yet
+    (store.folder / f"graph-{store.generation}").unlink()
+    (store.folder / f"graph-{store.generation + 1}").touch()
+    assert not store.derived("graph").exists()
+    assert [path.name for path in store.folder.glob("graph-*")] == [f"graph-{store.generation + 1}"]
+
+
 def test_update_replaces_and_delete_removes(store):
     put(store, "a", "b")
     put(store, "a", text="new", value=2.0)

@@ -109,20 +109,12 @@ def evaluate(
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
         used = model and (model.manifest, model.dimension, str(model.engine.device))
-        settings = [
-            cached,
-            used,
-            modes,
-            max_tokens,
-            max_new_tokens,
-            fuse,
-            samples,
-            precision,
-            version("search-r3"),
-            collection,
-        ]
-        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-        kept.append(cache_home() / "eval" / f"{collection.name}-{digest}.json")
+        settings = cached, used, modes, max_tokens, max_new_tokens, fuse, samples, precision, version("search-r3")
+        content = collection.queries, collection.judgements, collection.skipped, *collection.documents
+        digest = hashlib.sha256(repr(settings).encode())
+        for part in content:
+            digest.update(repr(part).encode())
+        kept.append(cache_home() / "eval" / f"{collection.name}-{digest.hexdigest()[:16]}.json")
         result = _load(kept[-1]) if kept[-1].exists() else None
         if result is None:
             result = _evaluate_one(

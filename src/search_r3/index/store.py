@@ -291,13 +291,13 @@ class Store:
         found = self.alive.copy()
         for key, wanted in where.items():
             values = [
-                f"json {json.dumps(value)}" if isinstance(value, bool) else value
+                json.dumps(value).encode() if isinstance(value, bool) else value
                 for value in (wanted if isinstance(wanted, list) else [wanted])
-            ]  # SQLite reads true as 1, which is another value
+            ]  # SQLite reads true as 1, which is another value; bytes equal no text
             with self._errors():
                 rows = self._db.execute(
                     "SELECT row FROM passages JOIN documents ON documents.id = document, json_each(metadata) AS field "
-                    "WHERE field.key = ? AND CASE WHEN field.type IN ('true', 'false') THEN 'json ' || field.type "
+                    "WHERE field.key = ? AND CASE WHEN field.type IN ('true', 'false') THEN CAST(field.type AS BLOB) "
                     f"ELSE field.value END IN ({','.join('?' * len(values))}) AND row < ?",
                     [key, *values, self.rows],
                 ).fetchall()
@@ -418,6 +418,9 @@ class Store:
         path = self.folder / f"{kind}-{self.generation}"
         if not path.exists():
             for old in self.folder.glob(f"{kind}-*"):
+                number = old.name.removeprefix(f"{kind}-")
+                if not number.isdecimal() or int(number) > self.generation:  # of a process that sees more
+                    continue
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         return path
 
