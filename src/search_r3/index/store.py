@@ -414,13 +414,10 @@ class Store:
             old.unlink(missing_ok=True)
 
     def derived(self, kind: str) -> Path:
-        """Where something computed from the present content is kept, e.g. `graph-12`; older ones are removed."""
+        """Where something computed from the present content is kept, e.g. `graph-12`; all others are removed."""
         path = self.folder / f"{kind}-{self.generation}"
         if not path.exists():
             for old in self.folder.glob(f"{kind}-*"):
-                number = old.name.removeprefix(f"{kind}-")
-                if not number.isdecimal() or int(number) > self.generation:  # of a process that sees more
-                    continue
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         return path
 
