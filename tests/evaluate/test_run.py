@@ -47,6 +47,16 @@ def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
     assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 6)]
 
 
+def test_a_set_may_be_named_as_the_last_row_is(model, small, tmp_path):
+    other = Path(shutil.copytree(small, tmp_path / "average"))
+    (other / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td11\t1\n")
+    (table,) = rich_tables(summarise(evaluate(model, [small, other], ["bm25"]), None))
+    assert list(table.columns[0].cells) == ["small", "average", "average"]
+    first, second, mean = (float(cell.strip("[]/bold")) for cell in table.columns[1].cells)
+    assert second < first == 1
+    assert mean == pytest.approx((first + second) / 2, abs=0.001)
+
+
 def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, small):
     assert evaluate(model, [small], ["direct"])[0].encoded == 12
     assert evaluate(model, [small], ["direct"])[0].encoded == 0

@@ -18,17 +18,18 @@ def rich_tables(report: dict[str, Any], metric: str = "nDCG@10", columns: int = 
     """One metric: a row for each collection, a column for each mode, the best of each row in bold; a table holds only
     so many columns, so that it fits a terminal."""
     modes = list(report["average"])
-    rows = {name: collection["modes"] for name, collection in report["collections"].items()}
-    if len(rows) > 1:
-        rows["average"] = report["average"]
-    cells = {name: _bold([row[mode][metric] for mode in modes], "[bold]{}[/bold]") for name, row in rows.items()}
+    rows = [(name, collection["modes"]) for name, collection in report["collections"].items()]
+    sets = len(rows)
+    if sets > 1:
+        rows.append(("average", report["average"]))
+    cells = [(name, _bold([row[mode][metric] for mode in modes], "[bold]{}[/bold]")) for name, row in rows]
     tables = []
     for first in range(0, len(modes), columns):
         shown = slice(first, first + columns)
         headings = [mode.replace("-", "-\n") for mode in modes[shown]]
         tables.append(Table("data set", *headings, title=LABELS[metric], title_justify="left"))
-        for name, values in cells.items():
-            tables[-1].add_row(escape(name), *values[shown], end_section=name == list(report["collections"])[-1])
+        for place, (name, values) in enumerate(cells, start=1):
+            tables[-1].add_row(escape(name), *values[shown], end_section=place == sets)
     return tables
 
 
