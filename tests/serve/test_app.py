@@ -33,6 +33,9 @@ def test_embeddings_are_the_models(client: TestClient, model: SearchR3) -> None:
     np.testing.assert_allclose(one, model.encode_queries(texts[:1]), atol=1e-6)
     thought = client.post("/v1/embeddings", json={"input": texts, "reason": True})
     np.testing.assert_allclose(vectors(thought), model.encode_queries(texts, reason=True), atol=1e-5)
+    mean = client.post("/v1/embeddings", json={"input": texts, "samples": 4})
+    assert mean.json()["usage"]["total_tokens"] > thought.json()["usage"]["total_tokens"]
+    np.testing.assert_allclose(np.linalg.norm(vectors(mean), axis=1), 1, atol=1e-5)
 
 
 def test_token_input_base64_and_dimensions(client: TestClient, model: SearchR3) -> None:
@@ -59,6 +62,8 @@ def test_token_input_base64_and_dimensions(client: TestClient, model: SearchR3) 
         ({"input": [3, 4], "reason": True}, 422, "needs texts"),
         ({"input": "\ud800"}, 422, "surrogate"),
         ({"input": ["a"] * 3000}, 413, "send them in parts"),
+        ({"input": ["a"] * 300, "samples": 8}, 413, "2400 samples of texts"),
+        ({"input": "a", "samples": 17}, 422, "samples"),
         ({"input": "a" * 300_000}, 413, "split it"),
         ({}, 422, "input"),
     ],

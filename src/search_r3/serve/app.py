@@ -142,9 +142,10 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             raise UnknownIndexError
         return served[name]
 
-    def check(texts: Sequence[str]) -> None:
-        if len(texts) > settings.texts:
-            raise TooLargeError(f"{len(texts)} texts are more than {settings.texts}; send them in parts")
+    def check(texts: Sequence[str], samples: int = 1) -> None:
+        if (count := len(texts) * samples) > settings.texts:
+            what = "texts" if samples == 1 else "samples of texts"
+            raise TooLargeError(f"{count} {what} are more than {settings.texts}; send them in parts")
         if any(len(text) > settings.text_chars for text in texts):
             raise TooLargeError(f"a text is longer than {settings.text_chars} characters; split it")
 
@@ -196,20 +197,21 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         texts, ids = _inputs(body)
         if len(ids) > settings.texts:
             raise TooLargeError(f"{len(ids)} texts are more than {settings.texts}; send them in parts")
-        check(texts)
+        check(texts, body.samples)
         _check_tokens(index, ids)
         limits = model.manifest.max_tokens
         thought = 0
-        if body.reason:
+        if body.reason or body.samples > 1:
             if ids:
                 raise DataError("reason: needs texts, not tokens")
             tasks = []
             async with asyncio.TaskGroup() as group:
                 for text in texts:
-                    tasks.append(group.create_task(worker.think(model, text, limits.reasoning)))
+                    tasks.append(group.create_task(worker.think(model, text, limits.reasoning, samples=body.samples)))
             results = [task.result() for task in tasks]
-            vectors, read = np.stack([found[0].vector for found, _ in results]), sum(count for _, count in results)
-            thought = sum(len(found[0].token_ids) for found, _ in results)
+            thoughts = [found for every, _ in results for found in every]
+            vectors = mean_vectors(np.stack([found.vector for found in thoughts]), body.samples)
+            read, thought = sum(count for _, count in results), sum(len(found.token_ids) for found in thoughts)
         else:
             query = body.input_type == "query"
             vectors, read = await worker.embed(

@@ -71,7 +71,7 @@ class Model(BaseModel):
 
 
 class EmbeddingRequest(BaseModel):
-    """OpenAI's request, with two fields of ours; fields of OpenAI's that mean nothing here are passed over."""
+    """OpenAI's request, with three fields of ours; fields of OpenAI's that mean nothing here are passed over."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"input": ["many files into one"], "model": "default", "input_type": "query"}]}
@@ -89,6 +89,8 @@ class EmbeddingRequest(BaseModel):
     """(ours) Queries are cut at the query length."""
     reason: bool = False
     """(ours) Think before embedding; for texts that are queries."""
+    samples: int = Field(default=1, ge=1, le=16)
+    """(ours) Think so often, at random, and give the mean of the vectors. Several imply `reason`."""
 
 
 class Embedding(Model):
