@@ -21,6 +21,7 @@ from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
 from search_r3.train.run import METRICS, TABLE
 from tests.conftest import build_base
+from tests.train.conftest import write_set
 from tests.train.test_supervised import STATES, assert_equal, run_on_two, run_sharded, sharders, weights
 
 
@@ -307,6 +308,16 @@ def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
     for name in ("nope", "nope.nope:nope"):
         with pytest.raises(TrainingError, match=r"reward\.rank: nope"):
             prepare(rl(reward={"rank": name}), root)
+
+
+def test_a_document_that_a_test_query_should_find_is_nowhere(rl, root):
+    qrels = root / "train" / "qrels" / "train.tsv"
+    qrels.write_text(qrels.read_text() + "q9\td0\t1\n")  # q9 keeps its other document
+    write_set(root / "held", 1)
+    prepared = prepare(rl(held_out=["held"]), root)
+    assert "train:d0" not in {document.id for document in prepared.documents}
+    assert prepared.qrels["train:q9"] == {"train:d9": 1}
+    assert "train:q0" not in prepared.queries
 
 
 def test_an_empty_reasoning_is_a_rollout_like_any_other(rl, root, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def load_examples(
     equal to a test query, or a positive or a negative equal to a document that a test query should find (after removing
     case, punctuation and spaces). Raises DataError for a source that cannot be used.
     """
-    queries, documents = _held_out(held_out, root)
+    queries, documents = read_held_out(held_out, root)
     dropped, result = Dropped(), []
     for source in sources:
         kept, seen, keys = [], set(), {}
@@ -139,8 +139,8 @@ def key(text: str) -> str:
     return hashlib.sha256(re.sub(r"[\W_]+", "", text.casefold()).encode()).hexdigest()
 
 
-def _held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Name of the set by key of its test queries and of its relevant documents."""
+def read_held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Name of the test set by `key` of its queries, and by `key` of its relevant documents, with title and without."""
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     for path in paths:

@@ -32,7 +32,7 @@ from search_r3.evaluate.collection import cut, load_collection
 from search_r3.model.engine import Engine
 from search_r3.records import Document
 from search_r3.train.config import Source
-from search_r3.train.data import Dropped, dump, load_examples
+from search_r3.train.data import Dropped, dump, key, load_examples, read_held_out
 from search_r3.train.rewards import Scorer, audited
 from search_r3.train.rl_config import Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
@@ -88,6 +88,7 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         raise TrainingError("sources: the same path twice; give each set once")
     plain = [Source(path=source.path, split=source.split) for source in recipe.sources]
     examples, dropped = load_examples(plain, recipe.held_out, root)
+    _, held_out = read_held_out(recipe.held_out, root)
     documents: list[Document] = []
     qrels: dict[str, dict[str, int]] = {}
     queries: dict[str, str] = {}
@@ -97,7 +98,11 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         names = {name: f"{source.path}:{name}" for name in kept}
         queries |= {names[example.id]: example.query for example in found if example.id in names}
         collection = load_collection(root / source.path, source.split)
-        asked = replace(collection, queries=[query for query in collection.queries if query.id in names])
+        asked = replace(
+            collection,
+            queries=[query for query in collection.queries if query.id in names],
+            documents=[d for d in collection.documents if key(d.content) not in held_out],
+        )
         collection = cut(asked, None, source.documents)
         known = {document.id for document in collection.documents}
         documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in collection.documents]

@@ -117,7 +117,7 @@ class RLRecipe(Strict):
     sources: list[Corpus] = Field(min_length=1)
     """What is searched; all of them form one corpus."""
     held_out: list[str] = Field(default_factory=list)
-    """BEIR folders; queries that overlap with their test queries or relevant documents are dropped."""
+    """BEIR folders; their test queries and relevant documents are dropped from queries, corpus and judgements."""
     steps: int = Field(gt=0)
     """Optimiser steps, each on fresh rollouts."""
     group: Group = Group()
