@@ -4,7 +4,8 @@ import pytest
 from search_r3.environment import dcg
 from search_r3.environment.audit import Controller, Interval, interval, weighted_recall
 from search_r3.errors import DataError
-from tests.environment.test_environment import COUNT, DOCUMENTS, Moving, make, rollouts
+from search_r3.train.rewards import audited
+from tests.environment.test_environment import COUNT, DOCUMENTS, WIDTH, Moving, make, rollouts
 
 
 def true_error(environment, encoder, batch, given):
@@ -28,6 +29,31 @@ def test_an_audit_of_everything_is_the_truth():
     assert audit.recall_10 == pytest.approx(np.mean(overlap), abs=1e-6)
     np.testing.assert_array_equal(before["vectors"], environment.index.vectors)
     assert environment.tokens_encoded == before["tokens_encoded"]
+
+
+def test_a_sample_sees_no_error_where_there_is_none():
+    environment, encoder = make("frozen", k=2)
+    names, _ = rollouts(encoder)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(names), WIDTH))  # far from the relevant documents, whose ranks only a sample tells
+    given = environment.step(names, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    assert np.mean([outcome.relevant[0].rank for outcome in given]) > 50
+    audit = environment.audit(audited("log_rank"), sample=20, depth=5, queries=6)
+    assert audit.documents < COUNT / 2
+    assert audit.reward_error.mean == pytest.approx(0, abs=1e-6)
+
+
+def test_an_audit_encodes_what_the_step_has_not_and_counts_it_apart():
+    environment, encoder = make("full")
+    encoder.tick += 1
+    environment.step(*rollouts(encoder))
+    before = encoder.encoded, environment.tokens_encoded
+    environment.audit(sample=COUNT)
+    assert (encoder.encoded, environment.tokens_encoded) == before
+    environment, encoder = make("frozen")
+    environment.step(*rollouts(encoder))
+    environment.audit(sample=COUNT)
+    assert environment.report()["audit_tokens"] == environment.lengths.sum()
 
 
 def test_intervals_cover_the_true_values_at_their_rate():

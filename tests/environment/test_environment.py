@@ -227,6 +227,32 @@ def test_a_background_refresh_never_overwrites_newer_rows():
     np.testing.assert_allclose(environment.index.vectors[10:], encoder.vectors()[10:], atol=1e-6)
 
 
+def test_a_background_refresh_follows_the_drift_meanwhile():
+    environment, encoder = make(budget=0.5, calibrate=False)
+    encoder.tick += 1
+    environment.step(*rollouts(encoder))
+
+    class Meanwhile:
+        """Three steps of a moving model while its old vectors are on their way."""
+
+        def encode_documents(self, documents):
+            old = encoder.encode_documents(documents)
+            for seed in range(3):
+                encoder.tick += 1
+                environment.step(*rollouts(encoder, seed))
+            return old
+
+    before = environment.index.encoded.copy()
+    assert environment.refresh(Meanwhile()) > 0
+    rows = np.flatnonzero((environment.index.encoded == 1) & (before < 1))
+    assert len(rows)
+    truth = encoder.vectors()[rows]
+    encoder.tick = 1
+    uncorrected = (encoder.vectors()[rows] * truth).sum(axis=1).mean()
+    corrected = (environment.index.vectors[rows] * truth).sum(axis=1).mean()
+    assert 1 - corrected < (1 - uncorrected) / 3
+
+
 class Broken(Moving):
     def __init__(self, answer):
         super().__init__()

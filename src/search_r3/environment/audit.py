@@ -1,7 +1,9 @@
 """How far the stored index is from the truth, estimated without encoding the corpus; and what to do about it.
 
-The documents near the top of each audited rollout are all encoded again, the rest of the corpus is sampled, and every
-sampled document stands for as many as were left out (a stratified Horvitz-Thompson estimate of each true rank).
+The documents near the top of each audited query are all encoded again, the rest of the corpus is sampled, and every
+sampled document stands for as many as were left out (a stratified Horvitz-Thompson estimate of each true rank). By how
+much the sample errs on the stored vectors, whose ranks are known, is taken off again (a control variate): an index that
+is fresh has no error, whatever the sample.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Audit:
     recall_100: float
     """The same of the top 100."""
     documents: int
-    """Encoded for this audit."""
+    """Looked at; those that the step had not encoded were encoded for this audit."""
 
 
 def interval(values: np.ndarray, rng: np.random.Generator, level: float = 0.95) -> Interval:
@@ -103,6 +105,8 @@ class Subject:
     """Rows and grades of each query's relevant documents."""
     encode: Callable[[np.ndarray], np.ndarray]
     """Rows -> their current vectors."""
+    calibrate: Callable[[np.ndarray], np.ndarray]
+    """Cosines with all rows (B, N) -> as the step ranked by them."""
     model_step: int
     """Of the current weights."""
     k: int
@@ -125,12 +129,13 @@ def examine(
     groups = groups_of(query_ids)
     names = [str(name) for name in rng.permutation(list(groups))[:queries]]
     members = [member for name in names for member in groups[name]]
-    stored = index.scores(vectors[members])  # (B, N)
+    stored = subject.calibrate(index.scores(vectors[members]))  # (B, N)
     near = np.zeros(len(index), bool)
-    for name in names:
+    for name, lines in zip(names, np.split(stored, np.cumsum([len(groups[name]) for name in names])[:-1]), strict=True):
         near[subject.relevant[name][0]] = True
+        near[best_columns(lines.max(axis=0), max(depth, subject.k))] = True
     for line in stored:
-        near[best_columns(line, max(depth, subject.k))] = True
+        near[best_columns(line, subject.k)] = True
     rest = np.flatnonzero(~near)
     drawn = rng.permutation(rest)[:sample]
     rows = np.sort(np.concatenate([np.flatnonzero(near), drawn]))
@@ -140,16 +145,18 @@ def examine(
     scores = vectors[members] @ fresh.T  # (B, n)
     rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     recalls: dict[int, list[float]] = {10: [], 100: []}
+    everything, one = np.arange(len(index)), np.ones(len(index))
     for member, was, now in zip(members, stored, scores, strict=True):
-        outcome = given[member]
-        relevant = subject.relevant[outcome.query_id]
-        k = min(subject.k, len(rows))
-        true = make_outcome(
-            outcome.query_id, subject.documents, relevant, rows, now, weights, np.ones(len(rows), bool), k
-        )
-        pair = reward(outcome), reward(true)
-        if pair[0] is not None and pair[1] is not None:
-            rewards[outcome.query_id].append((pair[0], pair[1]))
+        name = query_ids[member]
+
+        def earned(rows: np.ndarray, line: np.ndarray, weights: np.ndarray, name: str = name) -> float | None:
+            k, true = min(subject.k, len(rows)), np.ones(len(rows), bool)
+            return reward(make_outcome(name, subject.documents, subject.relevant[name], rows, line, weights, true, k))
+
+        told, all_stored = reward(given[member]), earned(everything, was, one)
+        sampled, true = earned(rows, was[rows], weights), earned(rows, now, weights)
+        if told is not None and all_stored is not None and sampled is not None and true is not None:
+            rewards[name].append((told, true + all_stored - sampled))
         for k, found in recalls.items():
             if k <= min(len(was), max(depth, subject.k)):
                 threshold = np.partition(was, -k)[-k]

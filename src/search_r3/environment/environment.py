@@ -88,7 +88,7 @@ class RetrievalEnvironment:
             raise DataError(f"{len(lengths)} lengths for {count} documents")
         self.lengths = np.asarray(lengths, np.int64)
         share = self.config.budget
-        self.budget = share * float(self.lengths.sum()) if share <= 1 else share
+        self.budget = self._first_budget = share * float(self.lengths.sum()) if share <= 1 else share
         self.folder, self.reward = folder, reward
         self.index: EvolvingIndex | None = None
         self.model_step = 0
@@ -100,7 +100,8 @@ class RetrievalEnvironment:
         self._controller: Controller | None = None
         if self.config.error_bound is not None:
             self._controller = Controller(self.config.error_bound, self.budget / 10, float(self.lengths.sum()))
-        self.tokens_encoded = 0
+        self.tokens_encoded = self.tokens_audited = 0
+        self._under_way: dict[object, list[Drift]] = {}  # by refresh in another thread: how the space moved meanwhile
         self._last: tuple[list[str], np.ndarray, list[Outcome]] | None = None
         self._lock = threading.RLock()
         self._worker: ThreadPoolExecutor | None = None
@@ -113,7 +114,8 @@ class RetrievalEnvironment:
             self.index = self._new_index(vectors.shape[1])
             self.index.write(np.arange(len(self.documents)), vectors, model_step)
             self.model_step, self.drift, self.calibration = model_step, None, None
-            self.steps, self.tokens_encoded, self._last, self.last_audit = 0, 0, None, None
+            self.steps, self.tokens_encoded, self.tokens_audited, self._last, self.last_audit = 0, 0, 0, None, None
+            self.budget, self.bound_held = self._first_budget, True
             self._rng = np.random.default_rng(self.config.seed)
 
     def _new_index(self, width: int) -> EvolvingIndex:
@@ -167,6 +169,7 @@ class RetrievalEnvironment:
             "age_mean": float(ages.mean()),
             "age_max": float(ages.max()),
             "tokens": float(self.tokens_encoded),
+            "audit_tokens": float(self.tokens_audited),
             "budget": float(self.budget),
             "bound_held": float(self.bound_held),
         }
@@ -191,23 +194,31 @@ class RetrievalEnvironment:
         """Estimate how far the rewards of the last step are from those of a fresh index. Stores nothing.
 
         reward: default: the environment's. sample: documents drawn uniformly from those outside the `depth` best of the
-        audited queries. queries: how many of the last step's queries are audited.
+        audited queries. queries: how many of the last step's queries are audited. What is encoded is counted apart.
         """
         with self._lock:
             if self._last is None:
                 raise DataError("nothing to audit yet; call step() first")
-            before = self.tokens_encoded
-            k = self.config.k
-            subject = Subject(self.ready(), self.documents, self.relevant, self.encode, self.model_step, k)
-            found = examine(subject, *self._last, reward or self.reward, self._rng, sample, depth, queries)
-            self.tokens_encoded = before  # counted apart: it refreshes nothing
-            return found
+            index, ages = self.ready(), self.ages
+
+            def fresh(rows: np.ndarray) -> np.ndarray:
+                vectors, stale = index.read(rows), ages[rows] > 0
+                if stale.any():
+                    vectors[stale] = self._vectors(rows[stale])
+                    self.tokens_audited += int(self.lengths[rows[stale]].sum())
+                return vectors
+
+            def calibrate(scores: np.ndarray) -> np.ndarray:
+                return scores if self.calibration is None else self.calibration(scores, ages)
+
+            subject = Subject(index, self.documents, self.relevant, fresh, calibrate, self.model_step, self.config.k)
+            return examine(subject, *self._last, reward or self.reward, self._rng, sample, depth, queries)
 
     def refresh(self, encoder: Encoder | None = None) -> int:
         """Encode one budget of the oldest rows again; returns how many. encoder: a copy of the model elsewhere.
 
         The model step of the rows is that at the call. Encoding holds no lock, so `step` goes on meanwhile; a row
-        that `step` has written newer in the meantime keeps the newer vector.
+        that `step` has written newer in the meantime keeps the newer vector, and the others get its drift corrections.
         """
         index = self.ready()
         with self._lock:
@@ -215,10 +226,18 @@ class RetrievalEnvironment:
             jitter = self._rng.random(len(index))
             rows = by_priority(np.ones(len(index)) + 1e-9 * jitter, self.ages, self.lengths)
             rows = within_budget(rows, self.lengths, self.budget)
-        vectors = self.encode(rows, encoder)
-        with self._lock:
-            older = index.encoded[rows] < now
-            index.write(rows[older], vectors[older], now)
+            ticket, moves = object(), list[Drift]()
+            self._under_way[ticket] = moves
+        try:
+            vectors = self.encode(rows, encoder)
+            with self._lock:
+                for move in moves:
+                    vectors = move(vectors)
+                older = index.encoded[rows] < now
+                index.write(rows[older], vectors[older], now)
+        finally:
+            with self._lock:
+                del self._under_way[ticket]
         return int(older.sum())
 
     def refresh_in_background(self, encoder: Encoder | None = None) -> Future[int]:
@@ -239,6 +258,7 @@ class RetrievalEnvironment:
                 "model_step": self.model_step,
                 "tokens_encoded": self.tokens_encoded,
                 "budget": self.budget,
+                "bound_held": self.bound_held,
                 "steps": self.steps,
                 "random": self._rng.bit_generator.state,
             }
@@ -271,7 +291,7 @@ class RetrievalEnvironment:
             self.model_step, self.tokens_encoded = int(state["model_step"]), int(state["tokens_encoded"])
             self.steps = int(state["steps"])
             if self._controller is not None:
-                self.budget = float(state["budget"])
+                self.budget, self.bound_held = float(state["budget"]), bool(state.get("bound_held", True))
             self.drift, self.calibration, self._last, self.last_audit = None, None, None, None
             self._rng.bit_generator.state = state["random"]
 
@@ -306,6 +326,12 @@ class RetrievalEnvironment:
 
     def encode(self, rows: np.ndarray, encoder: Encoder | None = None) -> np.ndarray:
         """Current vectors of these rows, (n, D) float32, counted and checked but not stored."""
+        vectors = self._vectors(rows, encoder)
+        with self._lock:
+            self.tokens_encoded += int(self.lengths[rows].sum())
+        return vectors
+
+    def _vectors(self, rows: np.ndarray, encoder: Encoder | None = None) -> np.ndarray:
         vectors = np.asarray(
             (encoder or self.encoder).encode_documents([self.documents[row] for row in rows]), np.float32
         )
@@ -318,7 +344,6 @@ class RetrievalEnvironment:
             raise DataError(
                 f"the encoder returned a vector that is not finite for document {name!r}; nothing was stored"
             )
-        self.tokens_encoded += int(self.lengths[rows].sum())
         return vectors
 
     def _refresh(self, index: EvolvingIndex, rows: np.ndarray) -> None:
@@ -337,6 +362,8 @@ class RetrievalEnvironment:
         if self.policy.drift:
             self.drift = fit_drift(old, new, self._rng, self.config.drift_rank)
             if self.drift is not None:
+                for moves in self._under_way.values():
+                    moves.append(self.drift)
                 old = self.drift(old)
                 stale = self.ages > 0
                 for block in index.blocks():
