@@ -15,7 +15,7 @@ from search_r3.environment import Outcome, Relevant
 from search_r3.errors import StoreError, TrainingError
 from search_r3.records import Episode, Reasoned, Status
 from search_r3.train import rewards
-from search_r3.train.grpo import RetrievalGRPOTrainer
+from search_r3.train.grpo import RetrievalGRPOTrainer, arguments
 from search_r3.train.reinforce import ENVIRONMENT, prepare, train
 from search_r3.train.rl_config import Reward, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, repeated
@@ -97,6 +97,16 @@ def test_accumulation_changes_no_gradient(rl, root, tmp_path, monkeypatch, varia
     assert scale > 0
     for name in whole.keys() - {"loss"}:
         torch.testing.assert_close(parts[name], whole[name], atol=2e-5 * scale, rtol=0)
+
+
+def test_variants_that_differ_in_clipping_agree_on_fresh_rollouts(rl, root, tmp_path, monkeypatch):
+    one, other = (
+        first_step(rl(objective={"variant": variant}), root, tmp_path / variant, monkeypatch)
+        for variant in ("dapo", "cispo")
+    )
+    scale = max(value.abs().max().item() for name, value in one.items() if name != "loss")
+    for name in one.keys() - {"loss"}:
+        torch.testing.assert_close(other[name], one[name], atol=2e-5 * scale, rtol=0)
 
 
 def test_the_packed_pass_agrees_with_the_rollout_and_with_trl(rl, root, tmp_path, monkeypatch):
@@ -428,3 +438,7 @@ def test_impossible_sizes_are_refused(rl):
         rl(group={"micro": 3})
     with pytest.raises(ValueError, match="nothing rewards"):
         rl(reward={"rank_weight": 0}, objective={"info_nce": 0})
+    with pytest.raises(ValueError, match=r"most_kl needs the divergence"):
+        rl(guards={"most_kl": 1}, objective={"beta": 0})
+    with pytest.raises(TrainingError, match="bnpo averages over each"):
+        arguments(rl(group={"micro": 4}, objective={"variant": "bnpo"}), "output", 1, False)

@@ -201,11 +201,6 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         """TRL shuffles the rollouts of a step; the number of each goes along."""
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         output["rollout"] = torch.arange(len(output["advantages"]), device=output["advantages"].device)
-        if not torch.isfinite(output["advantages"]).all():
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: an advantage is not finite; nothing was updated and the last "
-                "checkpoint is good. Look at your reward function: it must return finite numbers or None"
-            )
         if self._unscorable:
             raise TrainingError(
                 f"step {self.state.global_step + 1}: no rollout could be scored (all rewards are None); nothing was "
@@ -283,6 +278,11 @@ def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> 
             f"({group.micro}) must divide the {mine} rollouts of each"
         )
     goal = recipe.objective
+    if goal.variant == "bnpo" and group.micro < mine:
+        raise TrainingError(
+            f"objective.variant bnpo averages over each group.micro ({group.micro}); it must be all {mine} rollouts "
+            "that a process has of a step"
+        )
     return GRPOConfig(
         output_dir=output,
         max_steps=recipe.steps,
@@ -295,7 +295,7 @@ def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> 
         top_p=recipe.top_p,
         loss_type=goal.variant,
         epsilon=goal.clip,
-        epsilon_high=goal.clip_high,
+        epsilon_high=goal.clip_high + (goal.variant == "cispo"),  # which caps the ratio itself
         scale_rewards=goal.scale,
         beta=goal.beta,
         mask_truncated_completions=False,

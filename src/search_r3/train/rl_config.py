@@ -73,7 +73,8 @@ class Objective(Strict):
     variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """TRL's `loss_type`."""
     clip: float = Field(default=0.2, gt=0)
-    """Of the probability ratio, downwards."""
+    """Of the probability ratio, downwards. Rollouts are those of the very weights that are updated, so the ratio is 1
+    but for rounding, and nothing is clipped."""
     clip_high: float = Field(default=0.28, gt=0)
     """Upwards."""
     scale: Literal["group", "batch", "none"] = "group"
@@ -172,10 +173,10 @@ class RLRecipe(Strict):
         rollouts = self.group.queries * self.group.samples
         if rollouts % self.group.micro:
             raise ValueError(f"group.micro ({self.group.micro}) must divide the {rollouts} rollouts of a step")
-        if self.objective.variant == "bnpo" and self.group.micro < rollouts:
-            raise ValueError("objective.variant bnpo averages over each group.micro; it must be all rollouts of a step")
         if self.reward.rank_weight == 0 and self.objective.info_nce == 0:
             raise ValueError("reward.rank_weight and objective.info_nce are both 0: nothing rewards a good ranking")
+        if self.guards.most_kl is not None and self.objective.beta == 0:
+            raise ValueError("guards.most_kl needs the divergence, which objective.beta 0 leaves out; set one of them")
         return self
 
 
