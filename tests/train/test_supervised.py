@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
@@ -96,6 +97,20 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     assert [line["step"] for line in lines if "dev_ndcg10" in line] == [0, 3, 6]
 
 
+def test_bfloat16_rounds_nothing_that_is_saved(recipe, root, tmp_path):
+    dev = recipe.dev.model_copy(update={"sets": ["train"], "reason": 4})
+    prepared = prepare(recipe.model_copy(update={"precision": "bfloat16", "dev": dev}), root)
+    after = weights(train(prepared, root, tmp_path / "run", progress=False))
+    before = weights(tmp_path / "run" / "initial")
+    name = next(name for name in before if name.endswith("q_proj.weight"))
+    change = after[name] - before[name]
+    assert (
+        0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= recipe.lora.r
+    )  # a rounded weight would change in all ranks
+    assert all(value.dtype == torch.float32 for value in after.values())
+    assert all(torch.equal(after[name], before[name]) for name in before if "norm" in name)
+
+
 def test_the_last_dev_test_is_of_the_model_that_is_saved(recipe, root, tmp_path):
     dev = recipe.dev.model_copy(update={"sets": ["train"], "every": 100, "reason": 4})
     recipe = recipe.model_copy(update={"dev": dev, "learning_rate": 0.1, "steps": 3})
@@ -106,7 +121,7 @@ def test_the_last_dev_test_is_of_the_model_that_is_saved(recipe, root, tmp_path)
     again = DevTest(saved.engine, dev, root)
     figures = {}
     again.log = figures.update
-    again._run()
+    again._run(SimpleNamespace(bf16=False))
     assert figures == {name: pytest.approx(last[name], abs=1e-6) for name in figures}
     assert first["dev_ndcg10"] != last["dev_ndcg10"]
 
@@ -248,6 +263,17 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_p
     with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*train:q"):
         train(prepare(recipe, root), root, tmp_path / "run", progress=False)
     assert latest(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(recipe, root, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                parameter = next(p for p in model.parameters() if p.requires_grad)
+                parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    with pytest.raises(TrainingError, match="step 3: a gradient is not finite; nothing was updated"):
+        train(prepare(recipe, root), root, tmp_path / "run", progress=False, callbacks=[Spoil()])
 
 
 def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from search_r3.train.run import (
     METRICS,
     TABLE,
     DevTest,
+    FiniteGradients,
     Track,
     check_sharding,
     claim,
@@ -201,7 +202,7 @@ def train(
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": prepared.order}),
         peft_config=_adapter(recipe),
-        callbacks=[Track(output / METRICS), stopper, *callbacks],
+        callbacks=[Track(output / METRICS), FiniteGradients(), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     keeper = _Keeper(trainer, environment, output, last)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -129,11 +130,12 @@ def check_sharding(arguments: TrainingArguments) -> None:
 
 
 def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> Path:
-    """Write the trained model, adapters merged, as a plain checkpoint. name: of the model it was made from."""
+    """Write the trained model, adapters merged in float32, as a plain checkpoint. name: of what it was made from."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if under_fsdp() else None
     if trainer.accelerator.is_main_process and not (output / FINAL).exists():
         merged: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if sharded(trainer.accelerator):  # what was trained, put into the model it was made from, in float32
+        exact = all(parameter.dtype == torch.float32 for parameter in merged.parameters())
+        if sharded(trainer.accelerator) or not exact:  # what was trained, put into the model it was made from
             weights = weights or merged.state_dict()
             trained = {part for part, parameter in merged.named_parameters() if parameter.requires_grad}
             adapters = getattr(merged, "peft_config", None)
@@ -181,6 +183,18 @@ class Track(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+class FiniteGradients(TrainerCallback):
+    """Ends a run before a gradient that is not finite reaches the weights. Of a finite loss there can be one."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise TrainingError(
+                f"step {state.global_step + 1}: a gradient is not finite; nothing was updated and the last checkpoint "
+                "is good. Lower learning_rate, or train in float32"
+            )
+
+
 class DevTest(TrainerCallback):
     """nDCG@10 on small held-out sets before, while and after training. before: called ahead of every test."""
 
@@ -191,22 +205,23 @@ class DevTest(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._run()
+            self._run(args)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.dev.every == 0 or state.global_step == state.max_steps:
             due = control.should_log
-            self._run()
+            self._run(args)
             control.should_log = due  # logging the test must not stand in for logging the step
 
-    def _run(self) -> None:
+    def _run(self, args: TrainingArguments) -> None:
         if not self.sets:
             return
         self.before()
         self.engine.forget()  # the optimiser may be fused
         was = self.engine.model.training
         self.engine.model.eval()
-        scored = {found.name: self._score(found) for found in self.sets}
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=args.bf16):
+            scored = {found.name: self._score(found) for found in self.sets}
         self.engine.model.train(was)
         figures = {f"dev_{name}{mode}": value for name, values in scored.items() for mode, value in values.items()}
         for mode in next(iter(scored.values())):

@@ -26,7 +26,18 @@ from search_r3.model.checkpoint import Manifest, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan
-from search_r3.train.run import METRICS, DevTest, Track, check_sharding, claim, finish, latest, load_model, under_fsdp
+from search_r3.train.run import (
+    METRICS,
+    DevTest,
+    FiniteGradients,
+    Track,
+    check_sharding,
+    claim,
+    finish,
+    latest,
+    load_model,
+    under_fsdp,
+)
 from search_r3.train.step import Collator
 from search_r3.train.trainer import SupervisedTrainer
 
@@ -110,7 +121,7 @@ def train(
         recipe=recipe,
         engine=engine,
         reference=reference,
-        callbacks=[Track(output / METRICS), test, *callbacks],
+        callbacks=[Track(output / METRICS), FiniteGradients(), test, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     test.log = trainer.log
@@ -129,6 +140,7 @@ def _tied(name: str) -> bool:
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     assert recipe.lora is not None
     rows = {"embed_tokens": [manifest.embed_token_id]}
@@ -142,8 +154,14 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) ->
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
+    if recipe.precision == "bfloat16" and not under_fsdp():
+        model.to(torch.bfloat16)  # it is not trained: what autocast would make of it again in every pass
     with quiet():
-        return get_peft_model(model, config)
+        trained = get_peft_model(model, config)
+    for module in trained.modules():
+        if isinstance(module, LoraLayer) and recipe.precision == "bfloat16":
+            module.cast_input_dtype_enabled = False  # autocast would cast its input back
+    return trained
 
 
 def _arguments(recipe: Recipe, output: Path, progress: bool) -> TrainingArguments:
