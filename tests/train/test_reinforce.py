@@ -262,6 +262,15 @@ def test_sharded_weights_in_mixed_precision(rl, root, tmp_path):
         assert line["grad_norm"] > 0
 
 
+def test_bfloat16_rounds_nothing_that_is_saved(rl, root, tmp_path):
+    recipe = rl(precision="bfloat16", rollout_precision="bfloat16", dev={"sets": ["train"], "every": 4, "queries": 8})
+    after, before = weights(run(recipe, root, tmp_path / "run")), weights(tmp_path / "run" / "initial")
+    name = next(name for name in before if name.endswith("q_proj.weight"))
+    change = after[name] - before[name]
+    assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= recipe.lora.r
+    assert all(torch.equal(after[name], before[name]) for name in before if "proj" not in name)
+
+
 def dev(folder):
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     return [line["dev_ndcg10"] for line in lines if "dev_ndcg10" in line]

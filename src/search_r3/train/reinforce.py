@@ -47,6 +47,7 @@ from search_r3.train.run import (
     finish,
     keep_until,
     latest,
+    lighten,
     load_model,
     under_fsdp,
 )
@@ -205,6 +206,8 @@ def train(
         callbacks=[Track(output / METRICS), FiniteGradients(), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
+    if recipe.lora is not None:
+        lighten(trainer.model, recipe.precision)
     keeper = _Keeper(trainer, environment, output, last)
     test.before = lambda: policy.sync(trainer.accelerator.unwrap_model(trainer.model))
     test.log = partial(Trainer.log, trainer)  # TRL's own would empty its meters into this line

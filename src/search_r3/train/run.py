@@ -159,6 +159,23 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
     return output / FINAL
 
 
+def lighten(trained: torch.nn.Module, precision: str) -> None:
+    """Hold what an adapter does not train in the precision that autocast would give it again in every pass.
+
+    FSDP shards weights of one precision only.
+    """
+    if precision != "bfloat16" or under_fsdp():
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for parameter in trained.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for module in trained.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # to the adapter's own, which autocast would undo
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drop from a JSONL log the lines of later steps, which are done again after a kill, and a line cut short."""
     if path.exists():

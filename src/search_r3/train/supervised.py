@@ -35,6 +35,7 @@ from search_r3.train.run import (
     claim,
     finish,
     latest,
+    lighten,
     load_model,
     under_fsdp,
 )
@@ -99,6 +100,7 @@ def train(
     reference = None
     if recipe.lora is not None:
         trained = _with_adapter(model, recipe, manifest)
+        lighten(trained, recipe.precision)
     elif recipe.loss.kl:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
     engine.device = arguments.device  # the trainer moves the model there, whole or in shards
@@ -140,7 +142,6 @@ def _tied(name: str) -> bool:
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
 
     assert recipe.lora is not None
     rows = {"embed_tokens": [manifest.embed_token_id]}
@@ -154,14 +155,8 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) ->
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
-    if recipe.precision == "bfloat16" and not under_fsdp():
-        model.to(torch.bfloat16)  # it is not trained: what autocast would make of it again in every pass
     with quiet():
-        trained = get_peft_model(model, config)
-    for module in trained.modules():
-        if isinstance(module, LoraLayer) and recipe.precision == "bfloat16":
-            module.cast_input_dtype_enabled = False  # autocast would cast its input back
-    return trained
+        return get_peft_model(model, config)
 
 
 def _arguments(recipe: Recipe, output: Path, progress: bool) -> TrainingArguments:
