@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from search_r3.cli_common import Checkpoint, Json, PromptFile, load_model, out, print_json
+from search_r3.cli_common import Checkpoint, Json, load_model, out, print_json
 from search_r3.errors import SearchR3Error
 
 
@@ -25,9 +25,14 @@ class Format(StrEnum):
 
 
 def init(
-    base: Annotated[str, typer.Argument(help="Folder or hub name of an instruction model (Llama or Qwen family).")],
+    base: Annotated[
+        str, typer.Argument(help="Folder or hub name of an instruction model (Llama or Qwen family), or 'base'.")
+    ],
     folder: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
-    prompt_file: PromptFile = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="JSON with other system messages than ours; see docs/checkpoints.md."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Give an instruction model the embedding token and our prompts.
