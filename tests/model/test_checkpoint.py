@@ -197,6 +197,9 @@ def test_default_is_the_base_with_the_shipped_adapter_merged_once(base_folder, t
     assert trained.fingerprint != SearchR3.from_pretrained("base").fingerprint
     monkeypatch.setattr(default, "load_default_base", None)  # neither is made again
     assert SearchR3.from_pretrained("default").fingerprint == trained.fingerprint
+    asked = base.manifest.prompts.model_copy(update={"reason": base.manifest.prompts.embed})
+    (tmp_path / "adapter" / "prompts.json").write_text(asked.model_dump_json())
+    assert SearchR3.from_pretrained("default").manifest.prompts == asked
 
 
 def test_the_shipped_adapter_is_small_safe_and_names_its_base():

@@ -38,6 +38,20 @@ def test_an_extracted_adapter_is_the_checkpoint(checkpoint, trained, tmp_path):
     assert extract_adapter(tmp_path / "model", checkpoint, tmp_path / "small", rank=1)["kept"] < 0.9
 
 
+def test_an_adapter_brings_its_prompts(checkpoint, trained, tmp_path):
+    model, tokenizer, manifest = load(trained[1]("model"))
+    words = manifest.prompts.reason.model_copy(update={"prefix": "<|im_start|>system\nAnswer.<|im_end|>\n"})
+    prompts = manifest.prompts.model_copy(update={"reason": words})
+    save(tmp_path / "asked", model, tokenizer, prompts, embed_token=manifest.embed_token)
+    extract_adapter(tmp_path / "asked", checkpoint, tmp_path / "adapter")
+    assert SearchR3.from_pretrained(tmp_path / "adapter").manifest.prompts == prompts
+    given = SearchR3.from_pretrained(tmp_path / "adapter", prompts=manifest.prompts)
+    assert given.manifest.prompts == manifest.prompts
+    (tmp_path / "adapter" / "prompts.json").write_text("{}}")
+    with pytest.raises(CheckpointError, match=r"prompts\.json: not a readable"):
+        SearchR3.from_pretrained(tmp_path / "adapter")
+
+
 def test_what_an_adapter_cannot_hold_is_named(checkpoint, trained, tmp_path):
     model, write = trained
     with pytest.raises(CheckpointError, match="nothing to package"):

@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 
 from search_r3.errors import CheckpointError
 from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_text
-from search_r3.model.prompts import Prompts, SystemPrompts, render_prompts
+from search_r3.model.prompts import Prompts, SystemPrompts, read_prompts, render_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
+PROMPTS = "prompts.json"  # of an adapter whose prompts are not its base's
 FORMAT = 1
 
 
@@ -152,7 +153,8 @@ def _prepared_default() -> Path:
     """The base with our adapter merged in, made once and kept in the cache."""
     from search_r3.model.default import ADAPTER, TRAINED_NAME
 
-    digest = sha256_file(ADAPTER / "adapter_model.safetensors")
+    made_of = [ADAPTER / "adapter_model.safetensors", ADAPTER / PROMPTS]
+    digest = _digest([sha256_file(path) for path in made_of if path.exists()])
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
         model, tokenizer, manifest = load(ADAPTER)
@@ -304,8 +306,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
     """Load a checkpoint, or a LoRA adapter on top of the checkpoint that its manifest or config names.
 
-    prompts, embed_token: override the folder's own; needed for other projects' models. Files are checked against the
-    manifest's hashes. Raises CheckpointError for anything missing, damaged or without an embedding token.
+    An adapter without a manifest may hold a prompts.json; otherwise it has its base's prompts. prompts, embed_token:
+    override the folder's own; needed for other projects' models. Files are checked against the manifest's hashes.
+    Raises CheckpointError for anything missing, damaged or without an embedding token.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -384,6 +387,8 @@ def _load_adapter(
         parent = manifest.parent.source if manifest and manifest.parent else config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/adapter_config.json: does not name its base model ({error})") from error
+    if prompts is None and manifest is None and (folder / PROMPTS).exists():
+        prompts = read_prompts(folder / PROMPTS)
     model, tokenizer, base = load(resolve(parent), dtype, prompts=prompts, embed_token=embed_token)
     if manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
         raise CheckpointError(f"{folder}: was trained on other weights than {parent} holds now; restore that base")
