@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from search_r3.model.checkpoint import resolve
 from search_r3.train.supervised import Prepared
 
-CPU_FLOPS = 80e9  # float32, two AVX-512 cores: what a whole training step reached
+CPU_FLOPS = {"float32": 80e9, "bfloat16": 250e9}  # two cores (AVX-512, AMX): what a whole training step reached
 GPU_FLOPS = 200e12  # bfloat16, one H100, at a usual share of its peak
 
 
@@ -42,21 +43,24 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     frame = 10  # template and reply around each text
     step = batch.queries * (query + thought + document * (1 + negatives) + frame * (2 + negatives))
     backbone = parameters - model.get_input_embeddings().weight.numel()
-    # Two forward passes (gradient cache) and a backward of one more, two where weights are trained themselves.
-    work = 2 * backbone * step * recipe.steps * (3 if recipe.lora else 4)
+    # A backward pass like one forward pass, like two where all weights are trained; one more for the gradient cache.
+    passes = (2 if recipe.lora else 3) + (step > batch.chunk_tokens)
+    work = 2 * backbone * step * recipe.steps * passes
     copies = 0 if recipe.lora or not recipe.loss.kl else 1
     memory = 4 * parameters * (1 + copies) + 12 * trained + 2000 * model.config.hidden_size * batch.chunk_tokens
     gpu = torch.cuda.is_available()
-    speed = GPU_FLOPS if gpu else CPU_FLOPS * (2 if recipe.precision == "bfloat16" else 1)
+    examples: Counter[str] = Counter()
+    for source, found in zip(recipe.sources, prepared.sources, strict=True):
+        examples[f"{source.path}, with thoughts" if source.only_thoughts else source.path] += len(found)
     return {
         "recipe": recipe.model_dump(),
-        "examples": {source.path: len(found) for source, found in zip(recipe.sources, prepared.sources, strict=True)},
+        "examples": dict(examples),
         "left_out": dict(prepared.dropped.counts),
         "parameters": parameters,
         "trained_parameters": trained,
         "tokens_per_step": round(step),
         "tokens": round(step * recipe.steps),
         "memory_gb": round(memory / 1e9, 1),
-        "hours": round(work / speed / 3600, 2),
+        "hours": round(work / (GPU_FLOPS if gpu else CPU_FLOPS[recipe.precision]) / 3600, 2),
         "assumed_device": "one GPU (200 TFLOP/s)" if gpu else "two CPU cores (AVX-512)",
     }
