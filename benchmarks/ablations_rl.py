@@ -4,7 +4,7 @@ Differences between rewards and terms are of a few steps and one seed: they tell
 environment's rows also tell how wrong its rewards were at the end (audit against the exact index) and what it cost to
 follow the model.
 
-    python benchmarks/ablations_rl.py --data data --model runs/think/model --json
+    python benchmarks/ablations_rl.py --data data --model runs/sft/model --json
 """
 
 import json
@@ -45,7 +45,7 @@ def last(rows: list[dict[str, Any]], key: str, count: int = 1) -> float | None:
 
 def main() -> None:
     args = arguments(
-        __doc__, data=("data", "folder of the data sets"), model=("runs/think/model", "policy to begin with"),
+        __doc__, data=("data", "folder of the data sets"), model=("runs/sft/model", "policy to begin with"),
         recipe=("recipes/smollm2-135m-rl-cpu.yaml", "recipe"), set=("tldr", "training set"),
         documents=(250, "of its corpus"), steps=(6, "of each run"),
         only=("", "comma-separated parts of the runs' names"),

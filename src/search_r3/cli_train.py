@@ -285,7 +285,7 @@ def average(
 ) -> None:
     """Average the weights of two checkpoints: a model between them.
 
-    Example:  search-r3 average runs/think/model runs/rl/model -o runs/between --weight 0.7
+    Example:  search-r3 average runs/sft/model runs/rl/model -o runs/mean --weight 0.6
     """
     from search_r3.train.average import average as mean
 

@@ -38,8 +38,9 @@ def test_a_sample_sees_no_error_where_there_is_none():
     vectors = rng.normal(size=(len(names), WIDTH))  # far from the relevant documents, whose ranks only a sample tells
     given = environment.step(names, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     assert np.mean([outcome.relevant[0].rank for outcome in given]) > 50
-    audit = environment.audit(audited("log_rank"), sample=20, depth=5, queries=6)
+    audit = environment.audit(audited("log_rank"), sample=20, depth=10, queries=6)
     assert audit.documents < COUNT / 2
+    assert audit.recall_10 == pytest.approx(1, abs=1e-6)
     assert audit.reward_error.mean == pytest.approx(0, abs=1e-6)
 
 

@@ -5,13 +5,13 @@ import pytest
 
 from search_r3.errors import DataError, TrainingError
 from search_r3.train.config import read_recipe
-from search_r3.train.data import load_examples, plan
+from search_r3.train.data import load_examples, plan, read_held_out
 from search_r3.train.rl_config import read_rl_recipe
 from tests.train.conftest import RECIPE, write_set
 
 
 def load(recipe, root):
-    return load_examples(recipe.sources, recipe.held_out, root)
+    return load_examples(recipe.sources, read_held_out(recipe.held_out, root), root)
 
 
 def recipe_for(*overrides):

@@ -4,7 +4,7 @@ from typer.testing import CliRunner
 
 from search_r3.cli import app
 from search_r3.train.config import read_recipe
-from search_r3.train.data import load_examples
+from search_r3.train.data import load_examples, read_held_out
 from search_r3.train.overlap import overlaps
 from tests.train.conftest import RECIPE
 
@@ -32,7 +32,7 @@ def prepared(root):
     ]
     (root / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     recipe = read_recipe(RECIPE, ["sources=[{path: own.jsonl}]"])
-    return load_examples(recipe.sources, [], root)[0]
+    return load_examples(recipe.sources, read_held_out([], root), root)[0]
 
 
 def test_every_kind_of_overlap_is_found_and_only_once(root):

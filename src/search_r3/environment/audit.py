@@ -159,8 +159,9 @@ def examine(
             rewards[name].append((told, true + all_stored - sampled))
         for k, found in recalls.items():
             if k <= min(len(was), max(depth, subject.k)):
-                threshold = np.partition(was, -k)[-k]
-                found.append(weighted_recall(was[rows] >= threshold, now, weights, k))
+                top = was[rows] >= np.partition(was, -k)[-k]
+                sampled_recall = weighted_recall(top, was[rows], weights, k)  # 1, were all rows looked at
+                found.append(1 + weighted_recall(top, now, weights, k) - sampled_recall)
     near = near[rows]
     return summarise(subject.model_step, rewards, recalls, cosines[near], cosines[~near], len(rest), rng)
 

@@ -101,7 +101,8 @@ class RetrievalEnvironment:
         if self.config.error_bound is not None:
             self._controller = Controller(self.config.error_bound, self.budget / 10, float(self.lengths.sum()))
         self.tokens_encoded = self.tokens_audited = 0
-        self._under_way: dict[object, list[Drift]] = {}  # by refresh in another thread: how the space moved meanwhile
+        # By refresh in another thread: the model step of its vectors, and how the space has moved since.
+        self._under_way: dict[object, tuple[int, list[Drift]]] = {}
         self._last: tuple[list[str], np.ndarray, list[Outcome]] | None = None
         self._lock = threading.RLock()
         self._worker: ThreadPoolExecutor | None = None
@@ -227,7 +228,7 @@ class RetrievalEnvironment:
             rows = by_priority(np.ones(len(index)) + 1e-9 * jitter, self.ages, self.lengths)
             rows = within_budget(rows, self.lengths, self.budget)
             ticket, moves = object(), list[Drift]()
-            self._under_way[ticket] = moves
+            self._under_way[ticket] = now, moves
         try:
             vectors = self.encode(rows, encoder)
             with self._lock:
@@ -257,6 +258,7 @@ class RetrievalEnvironment:
                 "encoded": index.encoded.copy(),
                 "model_step": self.model_step,
                 "tokens_encoded": self.tokens_encoded,
+                "tokens_audited": self.tokens_audited,
                 "budget": self.budget,
                 "bound_held": self.bound_held,
                 "steps": self.steps,
@@ -289,7 +291,7 @@ class RetrievalEnvironment:
             self.index.vectors[:] = vectors
             self.index.encoded[:] = encoded
             self.model_step, self.tokens_encoded = int(state["model_step"]), int(state["tokens_encoded"])
-            self.steps = int(state["steps"])
+            self.tokens_audited, self.steps = int(state.get("tokens_audited", 0)), int(state["steps"])
             if self._controller is not None:
                 self.budget, self.bound_held = float(state["budget"]), bool(state.get("bound_held", True))
             self.drift, self.calibration, self._last, self.last_audit = None, None, None, None
@@ -362,8 +364,9 @@ class RetrievalEnvironment:
         if self.policy.drift:
             self.drift = fit_drift(old, new, self._rng, self.config.drift_rank)
             if self.drift is not None:
-                for moves in self._under_way.values():
-                    moves.append(self.drift)
+                for made, moves in self._under_way.values():
+                    if made < self.model_step:
+                        moves.append(self.drift)
                 old = self.drift(old)
                 stale = self.ages > 0
                 for block in index.blocks():

@@ -139,7 +139,7 @@ class Recipe(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, for GPUs and CPUs with native bfloat16; weights stay float32."""
+    """bfloat16: mixed precision, for GPUs and CPUs with native bfloat16. What is trained, and saved, is in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     shared_prefix: bool = True

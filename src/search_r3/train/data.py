@@ -66,16 +66,24 @@ class Dropped:
             found.append(name)
 
 
-def load_examples(
-    sources: Sequence[Source], held_out: Sequence[str], root: Path
-) -> tuple[list[list[Example]], Dropped]:
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What test sets hold; the name of the set by `key`."""
+
+    queries: dict[str, str]
+    """Of its queries."""
+    documents: dict[str, str]
+    """Of its relevant documents, with title and without."""
+
+
+def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> tuple[list[list[Example]], Dropped]:
     """Examples of each source, cleaned, in the order of the sources.
 
     Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
     equal to a test query, or a positive or a negative equal to a document that a test query should find (after removing
     case, punctuation and spaces). Raises DataError for a source that cannot be used.
     """
-    queries, documents = read_held_out(held_out, root)
+    queries, documents = held_out.queries, held_out.documents
     dropped, result = Dropped(), []
     for source in sources:
         kept, seen, keys = [], set(), {}
@@ -139,8 +147,8 @@ def key(text: str) -> str:
     return hashlib.sha256(re.sub(r"[\W_]+", "", text.casefold()).encode()).hexdigest()
 
 
-def read_held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Name of the test set by `key` of its queries, and by `key` of its relevant documents, with title and without."""
+def read_held_out(paths: Sequence[str], root: Path) -> HeldOut:
+    """What the test splits of these BEIR folders hold."""
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     for path in paths:
@@ -150,7 +158,7 @@ def read_held_out(paths: Sequence[str], root: Path) -> tuple[dict[str, str], dic
         for document in collection.documents:
             if document.id in relevant:
                 documents[key(document.content)] = documents[key(document.text)] = collection.name
-    return queries, documents
+    return HeldOut(queries, documents)
 
 
 def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:

@@ -98,7 +98,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         torch.manual_seed(seed + first_row)
         tails = self.engine.tails(queries, "reason", self.recipe.group.query_tokens)
         tails = [tail for tail in tails for _ in range(samples)]
-        written, logprobs = self._generate_single_turn([prefix + tail for tail in tails], None, {}, samples)
+        with self.accelerator.autocast():
+            written, logprobs = self._generate_single_turn([prefix + tail for tail in tails], None, {}, samples)
         token, texts = self.engine.embed_token_id, []
         for number, ids in enumerate(written):
             end = next((place + 1 for place, one in enumerate(ids) if one in self._control), len(ids))

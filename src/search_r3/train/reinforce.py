@@ -89,8 +89,8 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
     if len({source.path for source in recipe.sources}) < len(recipe.sources):
         raise TrainingError("sources: the same path twice; give each set once")
     plain = [Source(path=source.path, split=source.split) for source in recipe.sources]
-    examples, dropped = load_examples(plain, recipe.held_out, root)
-    _, held_out = read_held_out(recipe.held_out, root)
+    held_out = read_held_out(recipe.held_out, root)
+    examples, dropped = load_examples(plain, held_out, root)
     documents: list[Document] = []
     qrels: dict[str, dict[str, int]] = {}
     queries: dict[str, str] = {}
@@ -100,12 +100,14 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         names = {name: f"{source.path}:{name}" for name in kept}
         queries |= {names[example.id]: example.query for example in found if example.id in names}
         collection = load_collection(root / source.path, source.split)
-        asked = replace(
-            collection,
-            queries=[query for query in collection.queries if query.id in names],
-            documents=[d for d in collection.documents if key(d.content) not in held_out],
-        )
-        collection = cut(asked, None, source.documents)
+        asked = [query for query in collection.queries if query.id in names]
+        allowed = []
+        for document in collection.documents:
+            if (name := held_out.documents.get(key(document.content))) is None:
+                allowed.append(document)
+            else:
+                dropped.add(f"document is in {name}", f"{source.path}:{document.id}")
+        collection = cut(replace(collection, queries=asked, documents=allowed), None, source.documents)
         known = {document.id for document in collection.documents}
         documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in collection.documents]
         for name, judged in collection.judgements.items():
@@ -206,7 +208,7 @@ def train(
         callbacks=[Track(output / METRICS), FiniteGradients(), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
-    if recipe.lora is not None:
+    if recipe.lora is not None and recipe.backend != "vllm":  # for vLLM, TRL merges the adapter in place and back
         lighten(trainer.model, recipe.precision)
     keeper = _Keeper(trainer, environment, output, last)
     test.before = lambda: policy.sync(trainer.accelerator.unwrap_model(trainer.model))

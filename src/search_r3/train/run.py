@@ -160,9 +160,9 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
 
 
 def lighten(trained: torch.nn.Module, precision: str) -> None:
-    """Hold what an adapter does not train in the precision that autocast would give it again in every pass.
+    """Hold what an adapter does not train in bfloat16, so that no pass casts it again; states are in bfloat16, too.
 
-    FSDP shards weights of one precision only.
+    Not with FSDP, which shards weights of one precision only.
     """
     if precision != "bfloat16" or under_fsdp():
         return
@@ -201,11 +201,14 @@ class Track(TrainerCallback):
 
 
 class FiniteGradients(TrainerCallback):
-    """Ends a run before a gradient that is not finite reaches the weights. Of a finite loss there can be one."""
+    """Ends a run before a gradient that is not finite reaches the weights. Of a finite loss there can be one.
+
+    DeepSpeed's gradients are its own, and so is what it does about them.
+    """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite().all():
             raise TrainingError(
                 f"step {state.global_step + 1}: a gradient is not finite; nothing was updated and the last checkpoint "
                 "is good. Lower learning_rate, or train in float32"
@@ -237,7 +240,8 @@ class DevTest(TrainerCallback):
         self.engine.forget()  # the optimiser may be fused
         was = self.engine.model.training
         self.engine.model.eval()
-        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=args.bf16):
+        trained = any(parameter.requires_grad for parameter in self.engine.model.parameters())  # and no copy of it
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=args.bf16 and trained):
             scored = {found.name: self._score(found) for found in self.sets}
         self.engine.model.train(was)
         figures = {f"dev_{name}{mode}": value for name, values in scored.items() for mode, value in values.items()}

@@ -25,7 +25,7 @@ from search_r3.errors import TrainingError
 from search_r3.model.checkpoint import Manifest, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
-from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan
+from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan, read_held_out
 from search_r3.train.run import (
     METRICS,
     DevTest,
@@ -59,7 +59,7 @@ class Prepared:
 
 def prepare(recipe: Recipe, root: Path) -> Prepared:
     """Read and check all data. Raises DataError or TrainingError before anything is computed."""
-    sources, dropped = load_examples(recipe.sources, recipe.held_out, root)
+    sources, dropped = load_examples(recipe.sources, read_held_out(recipe.held_out, root), root)
     return Prepared(recipe, sources, dropped, plan(sources, recipe))
 
 
