@@ -14,11 +14,8 @@ from search_r3.evaluate.report import markdown
 from search_r3.files import write_json, write_text
 
 STAGES = {
-    "sft": "stage 1: embed",
-    "write": "cold start: write what an answer would say",
-    "think": "cold start: embed after one's own writing, and more of stage 1",
+    "sft": "stage 1: embed, with and without a text about the query",
     "rl": "stage 2: GRPO in the retrieval environment",
-    "rl2": "stage 2, continued",
 }
 
 
