@@ -5,7 +5,7 @@
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
-# cpu: the recipe of the next default, three hours on two cores with native bfloat16.   gpu: one GPU.
+# cpu: the recipe of the next default, hours on two cores with native bfloat16.   gpu: one GPU.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove one to do it again. Negatives, which no
 # budget changes, stay with the data.
 set -euo pipefail
@@ -61,8 +61,9 @@ done
 
 echo "== bootstrap: what the untrained model writes about queries"
 for set in $sets; do  # gone on with where it was interrupted
-  [ -d "$output/sft/model" ] || search-r3 bootstrap "$data/$set" -o "$output/untrained-$set.jsonl" -c "$output/initial" --limit "$thoughts" --samples 1 \
-    --temperature 0.7 --max-new-tokens 40 --least-words 6 --keep-all --precision bfloat16
+  [ -d "$output/sft/model" ] ||
+    search-r3 bootstrap "$data/$set" -o "$output/untrained-$set.jsonl" -c "$output/initial" --limit "$thoughts" --samples 1 \
+      --temperature 0.7 --max-new-tokens 40 --least-words 6 --keep-all --precision bfloat16
   cp "$output/untrained-$set.jsonl" "$data/$set/untrained.jsonl"
 done
 

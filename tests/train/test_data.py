@@ -65,6 +65,14 @@ def test_a_negative_that_a_test_query_should_find_is_dropped(root):
     assert not {passage.id for example in examples for passage in example.negatives} & {"d0", "d1", "d2", "d3"}
 
 
+def test_a_file_that_has_still_to_be_made_says_how(root):
+    for field, command in (("negatives", "mine"), ("thoughts", "bootstrap")):
+        with pytest.raises(
+            DataError, match=rf"none\.jsonl: no such file; make it with: search-r3 {command} .*train -o"
+        ):
+            load(recipe_for(f"sources=[{{path: train, {field}: none.jsonl}}]"), root)
+
+
 def test_duplicates_are_dropped(root):
     record = json.dumps({"query": "a", "positive": "p"}) + "\n"
     (root / "twice.jsonl").write_text(record + record)

@@ -83,7 +83,7 @@ def bootstrap(
                 samples=how.samples,
                 batch_rows=ROWS,
             )
-            thoughts = [_whole(sample) for sample in reasoned]
+            thoughts = [whole(sample) for sample in reasoned]
             long = [len(thought.split()) >= how.least_words for thought in thoughts]
             meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
             if not ranking:
@@ -150,7 +150,7 @@ def _nearest(query: str, document: Document, words: int) -> str:
     return " ".join(said.split()[:words])
 
 
-def _whole(sample: Reasoned) -> str:
+def whole(sample: Reasoned) -> str:
     """A reasoning's text; one that ran out of tokens is cut back to its last whole sentence, where it has one."""
     text = sample.text.strip()
     if sample.status is Status.FORCED and (ends := list(re.finditer(r"[.!?](?=\s)|\n", text + " "))):

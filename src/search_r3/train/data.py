@@ -168,12 +168,19 @@ def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
         examples = _from_beir(source, root, dropped)
     else:
         examples = _from_records(str(root / source.path))
-    thoughts = _thoughts(root / source.thoughts) if source.thoughts else {}
+    thoughts = _thoughts(_made(root, source.thoughts, source, "bootstrap")) if source.thoughts else {}
     for example in examples:
         if example.id in thoughts:
             yield replace(example, thought=thoughts[example.id])
         elif example.thought or not source.only_thoughts:
             yield example
+
+
+def _made(root: Path, name: str, source: Source, command: str) -> Path:
+    path = root / name
+    if not path.exists():
+        raise DataError(f"{path}: no such file; make it with: search-r3 {command} {root / source.path} -o {path} ...")
+    return path
 
 
 def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
@@ -187,7 +194,7 @@ def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example
         dropped.add("empty document", str(error))
 
     documents = {document.id: document for document in read_documents(folder, on_bad=skip)}
-    mined = read_negatives(root / source.negatives) if source.negatives else {}
+    mined = read_negatives(_made(root, source.negatives, source, "mine")) if source.negatives else {}
     for name, judged in judgements.items():
         if name not in queries:
             raise DataError(f"{path}: judges query {name!r}, which is not in {folder / 'queries.jsonl'}")

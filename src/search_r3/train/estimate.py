@@ -8,7 +8,7 @@ from typing import Any
 from search_r3.model.checkpoint import resolve
 from search_r3.train.supervised import Prepared
 
-CPU_FLOPS = {"float32": 80e9, "bfloat16": 250e9}  # two cores (AVX-512, AMX): what a whole training step reached
+CPU_FLOPS = {"float32": 80e9, "bfloat16": 170e9}  # two cores (AVX-512, AMX): what whole training runs reached
 GPU_FLOPS = 200e12  # bfloat16, one H100, at a usual share of its peak
 
 

@@ -1,0 +1,87 @@
+"""What reasonings are worth: nDCG@10 without them, by the mean of several, and by that and the direct vector added.
+
+    python benchmarks/reasonings.py data/covid-faq data/perlfaq data/pystdlib:130 --checkpoint runs/sft/model
+    python benchmarks/reasonings.py data/covid-faq data/perlfaq data/pystdlib:130 --writer base --told "Answer ..."
+
+A folder may be followed by how many of its queries are taken. Differences from direct search are over all queries, with
+their standard errors; use folders that are not your test sets.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from search_r3 import SearchR3
+from search_r3.evaluate.collection import Collection, load_collection
+from search_r3.evaluate.metrics import score_queries
+from search_r3.model.prompts import SystemPrompts, render_prompts
+from search_r3.model.reasoning import mean_vectors
+from search_r3.records import Status
+from search_r3.retriever import fuse_vectors
+from search_r3.train.bootstrap import whole
+
+
+def score(collection: Collection, queries: np.ndarray, documents: np.ndarray) -> list[float]:
+    """nDCG@10 of each query."""
+    run = {}
+    for query, cosines in zip(collection.queries, queries @ documents.T, strict=True):
+        run[query.id] = {collection.documents[n].id: float(cosines[n]) for n in np.argsort(-cosines)[:100]}
+    found = score_queries(collection.judgements, run)["nDCG@10"]
+    return [found[query.id] for query in collection.queries]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="BEIR folders, each perhaps with :NUMBER of queries")
+    parser.add_argument("--checkpoint", default="default", help="embeds, and writes where there is no --writer")
+    parser.add_argument("--writer", help="checkpoint that writes the reasonings")
+    parser.add_argument("--told", help="the writer's system message, in place of its own")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=128, help="of a document")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args()
+    model = writer = SearchR3.from_pretrained(args.checkpoint, dtype="bfloat16")
+    if args.writer:
+        writer = SearchR3.from_pretrained(args.writer, dtype="bfloat16")
+        if args.told:
+            prompts = render_prompts(writer.engine.tokenizer, SystemPrompts(reason_system=args.told))
+            writer = SearchR3.from_pretrained(args.writer, dtype="bfloat16", prompts=prompts)
+    scores: dict[str, list[list[float]]] = {"direct": [], "reason": [], "fused": []}
+    lengths, forced = [], []
+    for given in args.folders:
+        path, _, limit = given.partition(":")
+        collection = load_collection(Path(path), limit=int(limit) if limit else None)
+        texts = [query.text for query in collection.queries]
+        documents = model.encode_documents(collection.documents, max_tokens=args.max_tokens)
+        direct = model.encode_queries(texts)
+        thoughts = writer.reason(
+            texts, max_new_tokens=args.max_new_tokens, samples=args.samples, temperature=args.temperature,
+            top_p=args.top_p, batch_rows=64,
+        )  # fmt: skip
+        lengths += [len(thought.token_ids) for thought in thoughts]
+        forced += [thought.status is Status.FORCED for thought in thoughts]
+        if writer is model:
+            vectors = np.stack([thought.vector for thought in thoughts])
+        else:
+            repeated = [text for text in texts for _ in range(args.samples)]
+            vectors = model.encode_reasoned(repeated, model.engine.plain_ids([whole(thought) for thought in thoughts]))
+        reasoned = mean_vectors(vectors, args.samples)
+        for mode, queries in (("direct", direct), ("reason", reasoned), ("fused", fuse_vectors(direct, reasoned, 0.5))):
+            scores[mode].append(score(collection, queries, documents))
+        print(given, {mode: round(float(np.mean(found[-1])), 4) for mode, found in scores.items()}, flush=True)
+    report = {"tokens": float(np.mean(lengths)), "forced": float(np.mean(forced))}
+    without = np.concatenate(scores["direct"])
+    for mode, found in scores.items():
+        gains = np.concatenate(found) - without
+        report |= {mode: float(np.mean([np.mean(part) for part in found])), f"{mode}_gain": float(gains.mean())}
+        report[f"{mode}_error"] = float(gains.std() / len(gains) ** 0.5)
+    print(json.dumps(report) if args.json else "\n".join(f"{name:14} {value:.4f}" for name, value in report.items()))
+
+
+if __name__ == "__main__":
+    main()
