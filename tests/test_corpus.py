@@ -82,6 +82,7 @@ def test_parquet(tmp_path):
         ({"_id": "2", "text": " \n"}, r"c\.jsonl:2: field 'text' of document '2' is empty"),
         ({"_id": "1", "text": "x"}, r"c\.jsonl:2: id '1' was used before, in c\.jsonl:1"),
         ('{"_id": "2", "text": "\\ud800"}', r"c\.jsonl:2: field 'text' holds half of a surrogate pair"),
+        ('{"_id": "2", "text": "x", "score": 1e999}', r"c\.jsonl:2: a field's number is not finite"),
     ],
 )
 def test_bad_records_are_named_or_skipped(tmp_path, line, message):
@@ -149,6 +150,13 @@ def test_what_would_lose_records_silently_is_an_error(tmp_path):
     unclosed.write_text('id,text\na,"foo\nb,bar\nc,baz\n')
     with pytest.raises(DataError, match=r"unclosed\.csv:4: not a valid table"):
         list(read_documents(unclosed))
+    short = tmp_path / "short.csv"
+    short.write_text("id,text\na,one\nb\nc,three\n")
+    with pytest.raises(DataError, match=r"short\.csv:3: 1 columns"):
+        list(read_documents(short))
+    bad = []
+    assert [document.id for document in read_documents(short, on_bad=bad.append)] == ["a", "c"]
+    assert len(bad) == 1
     twice = tmp_path / "twice.csv"
     twice.write_text("id,text,text\na,one,two\n")
     with pytest.raises(DataError, match="two columns are named 'text'"):

@@ -35,6 +35,11 @@ def test_overlap_and_whole_documents():
         assert len(TOKENIZER(text[start:end], add_special_tokens=False)["input_ids"]) <= 22
 
 
+def test_a_blank_body_is_one_passage():
+    text = " \n" * 100
+    assert list(split(Document("x", text, "Title"), TOKENIZER, Splitting(4, 0))) == [(0, len(text))]
+
+
 @pytest.mark.parametrize(("tokens", "overlap"), [(-1, 0), (4, 4), (4, -1)])
 def test_impossible_splitting(tokens, overlap):
     with pytest.raises(ValueError, match="overlap < tokens"):

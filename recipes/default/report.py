@@ -85,8 +85,8 @@ def training(run: Path) -> list[str]:
     return [
         *lines,
         "",
-        "Dev figures: nDCG@10 on small cuts of the recipes' `dev` sets, before and after the stage. The model is",
-        "0.4 of that before stage 2 and 0.6 of that after it (`search-r3 average`).",
+        "Dev figures: nDCG@10 on small cuts of the recipes' `dev` sets, before and after the stage.",
+        *["The model lies between those before and after stage 2 (`search-r3 average`)."][: (run / "rl").exists()],
         "",
     ]
 

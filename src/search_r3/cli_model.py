@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from search_r3.cli_common import Checkpoint, Json, load_model, out, print_json
+from search_r3.cli_common import Checkpoint, Json, Precision, load_model, out, print_json
 from search_r3.errors import SearchR3Error
 
 
@@ -190,7 +190,7 @@ def doctor(json_: Json = False) -> None:
     try:
         from search_r3.demo import self_check
 
-        facts["self-check (max difference)"] = self_check(load_model("default"))
+        facts["self-check (max difference)"] = self_check(load_model("default", Precision.float32))
     except SearchR3Error as error:
         problem = str(error)
     facts["ok"] = problem is None and facts["self-check (max difference)"] < 1e-4

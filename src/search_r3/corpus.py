@@ -113,7 +113,7 @@ def read_records(source: str | Path, on_bad: Callable[[DataError], None] | None 
     if kind in (".jsonl", ".ndjson"):
         return _jsonl(path, on_bad)
     if kind in (".csv", ".tsv"):
-        return _table(path, "," if kind == ".csv" else "\t")
+        return _table(path, "," if kind == ".csv" else "\t", on_bad)
     if kind == ".parquet":
         return _parquet(path)
     if kind in (".txt", ".md"):
@@ -140,7 +140,10 @@ def _document(where: str, record: Mapping[str, Any], fields: Fields) -> Document
         metadata |= nested
     elif nested is not None:
         metadata["metadata"] = nested
-    _encodable(where, "metadata", json.dumps(metadata, ensure_ascii=False, default=str))
+    try:
+        _encodable(where, "metadata", json.dumps(metadata, ensure_ascii=False, default=str, allow_nan=False))
+    except ValueError as error:
+        raise DataError(f"{where}: a field's number is not finite ({error}); change or remove it") from None
     return Document(name, text, title.strip(), metadata)
 
 
@@ -232,7 +235,7 @@ def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[L
             on_bad(bad)
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Located]:
+def _table(path: Path, delimiter: str, on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
     csv.field_size_limit(sys.maxsize)
     with _open(path) as file:
         # In tab-separated files a quote is an ordinary character, as everywhere in retrieval data.
@@ -251,9 +254,14 @@ def _table(path: Path, delimiter: str) -> Iterator[Located]:
             for row in reader:
                 if not row:
                     continue
-                if len(row) != len(header):
-                    raise DataError(f"{path}:{reader.line_num}: {len(row)} columns, but the header names {len(header)}")
-                yield f"{path}:{reader.line_num}", dict(zip(header, row, strict=True))
+                where = f"{path}:{reader.line_num}"
+                if len(row) == len(header):
+                    yield where, dict(zip(header, row, strict=True))
+                    continue
+                bad = DataError(f"{where}: {len(row)} columns, but the header names {len(header)}")
+                if on_bad is None:
+                    raise bad
+                on_bad(bad)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not a valid table ({error})") from error
 

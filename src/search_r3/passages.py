@@ -29,8 +29,8 @@ def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[
     tokenizer: a fast tokenizer (it must know the character offsets of its tokens).
     """
     text = document.text
-    # A token is at least one byte long, so a short text needs no tokenising.
-    if splitting.tokens == 0 or len(text.encode()) <= splitting.tokens:
+    # A token is at least one byte long, so a short text needs no tokenising. A blank one stands for its title.
+    if splitting.tokens == 0 or len(text.encode()) <= splitting.tokens or not text.strip():
         yield 0, len(text)
         return
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)

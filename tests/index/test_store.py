@@ -57,6 +57,25 @@ def test_filters_tell_true_from_one_and_from_text(store):
     assert np.flatnonzero(store.matching({"flag": [True, "true"]})).tolist() == [0, 2]
 
 
+def test_metadata_that_is_not_json_is_refused_and_nothing_stored(store):
+    with pytest.raises(StoreError, match="'x': metadata cannot be stored"):
+        store.put([Document("x", "text", metadata={"n": float("inf")})], [(0, 0, 4)], np.ones((1, WIDTH), np.float32))
+    put(store, "a")
+    assert len(store) == store.passages == 1
+    assert np.flatnonzero(store.matching({"n": "a"})).tolist() == [store.rows - 1]
+
+
+def test_the_number_of_documents_follows_other_writers(store):
+    put(store, "a")
+    with Store.open(store.folder) as other:
+        assert len(other) == 1
+        put(store, "b", "c")
+        store.delete(["a"])
+        assert len(store) == 2
+        with other.reading():
+            assert len(other) == 2
+
+
 def test_what_was_derived_from_other_content_is_removed(store):
     put(store, "a")
     for generation in range(3):  # a newer one is left where an older copy of the folder was put back

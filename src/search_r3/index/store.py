@@ -101,6 +101,13 @@ def content_hash(document: Document) -> bytes:
     return hashlib.sha256(json.dumps([document.title, document.text]).encode()).digest()
 
 
+def _metadata(document: Document) -> str:
+    try:
+        return json.dumps(dict(document.metadata), ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError as error:
+        raise StoreError(f"document {document.id!r}: metadata cannot be stored ({error}); mend or remove it") from error
+
+
 class Store:
     """An open index folder. Use `create` or `open`; close it, or use it as a context manager.
 
@@ -112,6 +119,7 @@ class Store:
         self._dtype = np.dtype(manifest.dtype)
         self._stride = manifest.dimension * self._dtype.itemsize
         self._lock: IO[str] | None = None
+        self._counted = (-1, 0)  # generation, documents
         with self._errors():
             self._db = sqlite3.connect(folder / "records.sqlite", isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA busy_timeout = 10000")
@@ -237,8 +245,11 @@ class Store:
 
     def __len__(self) -> int:
         """Number of documents."""
-        with self._errors():
-            return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
+        if self._counted[0] != self.generation:  # counting reads the whole table
+            with self._errors():
+                count = int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
+            self._counted = (self.generation, count)
+        return self._counted[1]
 
     @property
     def vectors_name(self) -> str:
@@ -352,7 +363,7 @@ class Store:
                             content_hash(d),
                             d.title,
                             d.text,
-                            json.dumps(dict(d.metadata), ensure_ascii=False, default=str),
+                            _metadata(d),
                         )
                         for d in documents
                     ],
@@ -371,7 +382,7 @@ class Store:
 
     def touch(self, documents: Sequence[Document]) -> None:
         """Store the metadata of documents whose content is stored already."""
-        values = [(json.dumps(dict(d.metadata), ensure_ascii=False, default=str), d.id) for d in documents]
+        values = [(_metadata(d), d.id) for d in documents]
         with self.writing(), self._errors(), self._transaction():
             self._db.executemany("UPDATE documents SET metadata = ?1 WHERE id = ?2 AND metadata <> ?1", values)
 
