@@ -73,6 +73,10 @@ def test_reinforce_from_the_command_line(base, root, tmp_path):
     assert json.loads(packed.stdout)["kept"] > 0.99
     with pytest.raises(TrainingError, match=r"group\.sample: no such key; did you mean samples\?"):
         run("train", "rl", recipe, "--set", "group.sample=3")
+    with pytest.raises(TrainingError, match=r"environment\.bugdet: no such key; did you mean budget\?"):
+        run("train", "rl", recipe, "--set", "environment.bugdet=0.1")
+    with pytest.raises(TrainingError, match=r"--set dev\.sets=\[a: not valid YAML"):
+        run("train", "rl", recipe, "--set", "dev.sets=[a")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ def test_triplets_under_the_names_of_the_field(root):
     ]
     assert examples[1].positive.id in examples[2].relevant
     assert examples[2].thought == "t"
+    with pytest.raises(DataError, match=r"triplets\.jsonl: negatives are for folders"):
+        load(recipe_for("sources=[{path: triplets.jsonl, negatives: mined.jsonl}]"), root)
+    (root / "listed.jsonl").write_text('{"query": "a", "positive": "p", "thought": ["t"]}\n')
+    with pytest.raises(DataError, match=r"listed\.jsonl:1: field 'thought' must be a text"):
+        load(recipe_for("sources=[{path: listed.jsonl}]"), root)
 
 
 def test_what_held_out_sets_hold_is_dropped(root):

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, DevTest, check_sharding, latest
+from search_r3.train.run import METRICS, DevTest, check_sharding, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -233,6 +233,14 @@ def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path, monk
     with pytest.raises(TrainingError, match="its embedding and output rows are one"):
         train(prepare(recipe, root), root, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_log_is_split_at_the_ends_of_its_lines_only(tmp_path):
+    log = tmp_path / "log.jsonl"
+    first = json.dumps({"step": 1, "reasoning": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n"
+    log.write_text(first + '{"step": 2}\n{"st', encoding="utf-8")
+    keep_until(log, 1)
+    assert log.read_text(encoding="utf-8") == first
 
 
 def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):

@@ -194,7 +194,10 @@ def read_yaml(path: Path, overrides: Sequence[str], kind: type[StrictT]) -> Stri
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise TrainingError(f"--set {override}: {part} is not a group of settings")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise TrainingError(f"--set {override}: not valid YAML ({' '.join(str(error).split())})") from error
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -205,13 +208,14 @@ def _explain(error: ValidationError, kind: type[Strict]) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] != "extra_forbidden":
-        return f"{place}: {first['msg']}" if place else first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
     *outer, last = first["loc"]
     model: Any = kind
     for part in outer:
         if isinstance(part, str):
             model = _inner(model.model_fields[part].annotation)
-    if hint := model.elsewhere.get(str(last)):
+    if hint := getattr(model, "elsewhere", {}).get(str(last)):
         return f"{place}: {hint}"
     near = difflib.get_close_matches(str(last), model.model_fields, 1, 0)
     return f"{place}: no such key; did you mean {near[0]}?" if near else f"{place}: no such key"

@@ -162,6 +162,8 @@ def read_held_out(paths: Sequence[str], root: Path) -> HeldOut:
 
 
 def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
+    if source.negatives and (source.path.startswith("hf://") or not (root / source.path).is_dir()):
+        raise DataError(f"{source.path}: negatives are for folders in BEIR layout; records hold their own")
     if source.path.startswith("hf://"):
         examples = _from_records(source.path)
     elif (root / source.path).is_dir():
@@ -235,6 +237,8 @@ def _from_records(path: str) -> Iterator[Example]:
         relevant = frozenset(key(text) for text in positives)
         hard = tuple(Passage(key(text), text) for text in negatives)
         thought = record.get("thought")
+        if not isinstance(thought, str | None):
+            raise DataError(f"{where}: field 'thought' must be a text")
         for text in positives:
             yield Example(path, str(number), query[0], Passage(key(text), text), hard, relevant, thought)
 

@@ -57,7 +57,8 @@ def last_rollouts(run: Path, count: int = 6) -> list[dict[str, Any]]:
     path = run / TABLE
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        records = [json.loads(line) for line in file if line.endswith("}\n")]
     last = [record for record in records if record["step"] == records[-1]["step"]]
     last.sort(key=lambda record: -(record["reward"] if record["reward"] is not None else -1.0))
     return last if len(last) <= count else last[: count // 2] + last[-(count - count // 2) :]

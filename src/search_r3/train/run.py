@@ -179,8 +179,8 @@ def lighten(trained: torch.nn.Module, precision: str) -> None:
 def keep_until(path: Path, step: int) -> None:
     """Drop from a JSONL log the lines of later steps, which are done again after a kill, and a line cut short."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would split inside of texts
+            whole = [line for line in file if line.endswith("\n")]
         write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 

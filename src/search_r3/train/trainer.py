@@ -155,15 +155,15 @@ class SupervisedTrainer(Trainer):
         if weights.sft and count:
             nll = sft_nll(output.logits, output.targets) * (count / learned)
             loss = loss + weights.sft * nll
-            terms["sft"] = terms.get("sft", 0) + nll.detach()
+            terms["sft"] = terms.get("sft", 0) + self.accelerator.num_processes * nll.detach()
         spoken = output.targets != self.engine.embed_token_id  # the base has never been taught the embedding token
         if weights.kl and (spoken.any() or self.sharded):
             with torch.no_grad(), self._base(model) as base, self.compute_loss_context_manager():
-                expected = self._pass(base, batch, part).logits
+                expected = self._pass(base, batch, [n for n in part if batch.turns[n].targets]).logits
             if spoken.any():
                 kl = kl_to_base(expected[spoken], output.logits[spoken]) * (spoken.sum() / plain)
                 loss = loss + weights.kl * kl
-                terms["kl"] = terms.get("kl", 0) + kl.detach()
+                terms["kl"] = terms.get("kl", 0) + self.accelerator.num_processes * kl.detach()
         return loss
 
     @contextlib.contextmanager
@@ -171,8 +171,9 @@ class SupervisedTrainer(Trainer):
         if self.reference is not None:
             yield self.reference
             return
-        with self.accelerator.unwrap_model(model).disable_adapter():
-            yield model
+        bare = self.accelerator.unwrap_model(model)  # a wrapper's pass may wait for processes that make none
+        with bare.disable_adapter():
+            yield bare
 
     def _contrastive(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE and triplet terms, weighted, over the texts of all processes; gradient reaches this process's."""
