@@ -167,7 +167,8 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
         "",
         "## How to repeat it",
         "",
-        "`recipes/default/run.sh --data data --output runs/default --budget cpu` goes the same way on two cores.",
+        "`recipes/default/run.sh --data data --output runs/default --budget cpu` goes the same way on two cores;",
+        f"this is its `{'model' if len(hashes) > 1 else 'sft/model'}`, packaged with `--rank {config['r']}`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]

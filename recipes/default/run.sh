@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The next default model, from the untrained one to an adapter to ship:
+# From the untrained model to an adapter to ship (the default is sft/model of such a run, packaged with --rank 16):
 #   prepare -> bootstrap -> train sft -> train rl -> average -> eval -> package -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
-# cpu: the recipe of the next default, hours on two cores with native bfloat16.   gpu: one GPU.
-# Interrupted, the same command goes on. Every stage leaves its result in --output; remove one to do it again. Negatives, which no
+# cpu: the recipe of the default, hours on two cores with native bfloat16.   gpu: one GPU.
+# Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it again. Negatives, which no
 # budget changes, stay with the data.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -71,7 +71,7 @@ echo "== stage 1: embed, with and without such a text"
 stage sft "model=$output/initial" ${sft[@]+"${sft[@]}"}
 echo "== stage 2: reinforce"
 stage rl "model=$output/sft/model" ${rl[@]+"${rl[@]}"}
-# Stage 2 costs direct search a little; between the models before and after it lies one that it does not.
+# Stage 2 has cost direct search a little; between the models before and after it lay one that it did not.
 [ -d "$output/model" ] || search-r3 average "$output/sft/model" "$output/rl/model" -o "$output/model" --weight 0.6
 
 # measure NAME CHECKPOINT SAMPLES MODES
