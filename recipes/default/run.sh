@@ -6,8 +6,8 @@
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
 # cpu: the recipe of the default, hours on two cores with native bfloat16.   gpu: one GPU.
-# Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it again. Negatives, which no
-# budget changes, stay with the data.
+# Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it
+# again. Negatives, which no budget changes, stay with the data.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=data output=runs/default budget=cpu
