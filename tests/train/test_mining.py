@@ -5,7 +5,7 @@ import numpy as np
 from search_r3 import SearchR3
 from search_r3.model.checkpoint import initialise
 from search_r3.records import Reasoned, Status
-from search_r3.train.bootstrap import Sampling, _whole, bootstrap, quote
+from search_r3.train.bootstrap import Sampling, bootstrap, quote, whole
 from search_r3.train.data import _thoughts
 from search_r3.train.mining import Mining, lexical_search, mine, model_search
 from tests.conftest import TEXTS
@@ -69,7 +69,7 @@ def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
     queries = [f"{TEXTS[n][:18]} {n}" for n in (int(record["query_id"][1:]) for record in records)]
     written = writer.reason(queries, max_new_tokens=6, temperature=0.8, samples=2)
     for number, record in enumerate(records):
-        assert record["thought"] in {_whole(one) or None for one in written[2 * number : 2 * number + 2]}
+        assert record["thought"] in {whole(one) or None for one in written[2 * number : 2 * number + 2]}
         assert max(record["ranks"]) <= 4
 
 
@@ -90,7 +90,7 @@ def test_one_sample_is_not_ranked_and_short_ones_are_not_kept(tmp_path, model):
 
 def test_a_reasoning_cut_short_is_taken_back_to_whole_sentences():
     def cut(text, status=Status.FORCED):
-        return _whole(Reasoned(text, np.zeros(1), (), (), status))
+        return whole(Reasoned(text, np.zeros(1), (), (), status))
 
     assert cut("One sentence. Half of anoth") == "One sentence."
     assert cut("Is it? Yes! 3.5 of th") == "Is it? Yes!"
