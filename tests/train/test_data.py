@@ -43,11 +43,35 @@ def test_triplets_under_the_names_of_the_field(root):
     ]
     assert examples[1].positive.id in examples[2].relevant
     assert examples[2].thought == "t"
-    with pytest.raises(DataError, match=r"triplets\.jsonl: negatives are for folders"):
+    with pytest.raises(DataError, match=r"triplets\.jsonl: negatives and titles are for folders"):
         load(recipe_for("sources=[{path: triplets.jsonl, negatives: mined.jsonl}]"), root)
     (root / "listed.jsonl").write_text('{"query": "a", "positive": "p", "thought": ["t"]}\n')
     with pytest.raises(DataError, match=r"listed\.jsonl:1: field 'thought' must be a text"):
         load(recipe_for("sources=[{path: listed.jsonl}]"), root)
+
+
+def test_titles_are_queries_for_their_documents_bodies(root):
+    folder = root / "titled"
+    folder.mkdir()
+    documents = [
+        ("a", "Okra", "A plant."),
+        ("b", "Okra", "How to cook it."),
+        ("c", "", "No title."),
+        ("d", "Rickets", "Rickets"),
+    ]
+    rows = [{"_id": name, "title": title, "text": text} for name, title, text in documents]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (examples,), _ = load(recipe_for("sources=[{path: titled, titles: true}]"), root)
+    assert [(e.id, e.query, e.positive.text) for e in examples] == [
+        ("a", "Okra", "A plant."),
+        ("b", "Okra", "How to cook it."),
+    ]
+    assert {e.relevant for e in examples} == {frozenset("ab")}  # the other page of that title is no negative
+    with pytest.raises(TrainingError, match=r"titled: negatives and thoughts belong to queries"):
+        recipe_for("sources=[{path: titled, titles: true, thoughts: t.jsonl}]")
+    (root / "records.jsonl").write_text('{"query": "a", "positive": "p"}\n')
+    with pytest.raises(DataError, match=r"records\.jsonl: negatives and titles are for folders"):
+        load(recipe_for("sources=[{path: records.jsonl, titles: true}]"), root)
 
 
 def test_what_held_out_sets_hold_is_dropped(root):

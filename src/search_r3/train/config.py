@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,6 +47,14 @@ class Source(Strict):
     """JSONL of reasonings (`search-r3 bootstrap`, or written by a teacher)."""
     only_thoughts: bool = False
     """Leave out examples without a reasoning."""
+    titles: bool = False
+    """Queries are the titles of a BEIR folder's documents, to find their bodies by: a search by keywords."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.titles and (self.negatives or self.thoughts):
+            raise ValueError(f"{self.path}: negatives and thoughts belong to queries; titles have none")
+        return self
 
 
 class Lora(Strict):

@@ -162,9 +162,11 @@ def read_held_out(paths: Sequence[str], root: Path) -> HeldOut:
 
 
 def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
-    if source.negatives and (source.path.startswith("hf://") or not (root / source.path).is_dir()):
-        raise DataError(f"{source.path}: negatives are for folders in BEIR layout; records hold their own")
-    if source.path.startswith("hf://"):
+    if (source.negatives or source.titles) and (source.path.startswith("hf://") or not (root / source.path).is_dir()):
+        raise DataError(f"{source.path}: negatives and titles are for folders in BEIR layout; records hold their own")
+    if source.titles:
+        examples = _from_titles(source, root, dropped)
+    elif source.path.startswith("hf://"):
         examples = _from_records(source.path)
     elif (root / source.path).is_dir():
         examples = _from_beir(source, root, dropped)
@@ -189,13 +191,7 @@ def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example
     folder = root / source.path
     path = folder / "qrels" / f"{source.split}.tsv"
     queries, judgements = read_queries(folder / "queries.jsonl"), read_judgements(path)
-
-    def skip(error: DataError) -> None:
-        if not isinstance(error, EmptyTextError):
-            raise error
-        dropped.add("empty document", str(error))
-
-    documents = {document.id: document for document in read_documents(folder, on_bad=skip)}
+    documents = {document.id: document for document in _documents(folder, dropped)}
     mined = read_negatives(_made(root, source.negatives, source, "mine")) if source.negatives else {}
     for name, judged in judgements.items():
         if name not in queries:
@@ -220,6 +216,26 @@ def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example
             yield Example(
                 source.path, name, queries[name].text, _passage(documents[document]), tuple(negatives), relevant
             )
+
+
+def _documents(folder: Path, dropped: Dropped) -> Iterator[Document]:
+    def skip(error: DataError) -> None:
+        if not isinstance(error, EmptyTextError):
+            raise error
+        dropped.add("empty document", str(error))
+
+    return read_documents(folder, on_bad=skip)
+
+
+def _from_titles(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
+    bodies: dict[str, list[Passage]] = {}
+    for document in _documents(root / source.path, dropped):
+        if document.title and document.title != document.text:
+            bodies.setdefault(document.title, []).append(Passage(document.id, document.text))
+    for title, passages in bodies.items():
+        relevant = frozenset(passage.id for passage in passages)
+        for passage in passages:
+            yield Example(source.path, passage.id, title, passage, relevant=relevant)
 
 
 def _passage(document: Document) -> Passage:

@@ -52,7 +52,8 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     examples: Counter[str] = Counter()
     for source, found in zip(recipe.sources, prepared.sources, strict=True):
-        examples[f"{source.path}, with thoughts" if source.only_thoughts else source.path] += len(found)
+        kind = ", with thoughts" if source.only_thoughts else ", titles" if source.titles else ""
+        examples[source.path + kind] += len(found)
     return {
         "recipe": recipe.model_dump(),
         "examples": dict(examples),

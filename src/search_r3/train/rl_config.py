@@ -15,7 +15,7 @@ from search_r3.train.config import STAGE_1, Dev, Lora, Strict, read_yaml
 class Corpus(Strict):
     """One set of queries and documents that rollouts search."""
 
-    elsewhere = dict.fromkeys(("negatives", "thoughts", "only_thoughts"), STAGE_1)
+    elsewhere = dict.fromkeys(("negatives", "thoughts", "only_thoughts", "titles"), STAGE_1)
 
     path: str
     """BEIR folder, relative to the data folder."""
