@@ -3,6 +3,7 @@ import pytest
 
 from search_r3 import Document, Retriever, SearchR3
 from search_r3.errors import DataError, StoreError
+from search_r3.index.graph import GraphIndex
 from search_r3.index.lexical import LexicalIndex
 from search_r3.model.prompts import SystemPrompts
 from search_r3.passages import Splitting
@@ -84,14 +85,22 @@ def test_the_mean_of_several_thoughts_is_searched_with(retriever):
         retriever.search(TEXTS[0], reason=True, samples=0)
 
 
-def test_graph_index_finds_the_same_and_is_kept(retriever, model):
+def test_graph_index_finds_the_same_and_is_kept(retriever, model, monkeypatch):
     pytest.importorskip("usearch")
     with Retriever.open(retriever.store.folder, model, "graph") as graph:
         for document in DOCUMENTS:
             assert graph.search(document.text, 1).hits[0].id == document.id
         assert list(retriever.store.folder.glob("graph-*"))
+        monkeypatch.setattr(GraphIndex, "build", None)  # what is there is extended
         graph.add([Document("new", "something quite different")])
         assert graph.search("something quite different", 1).hits[0].id == "new"
+        graph.delete(["new"])
+        assert graph.search("something quite different", 1).hits[0].id != "new"
+    with Retriever.open(retriever.store.folder, model, "graph") as graph:
+        assert graph.search(DOCUMENTS[0].text, 1).hits[0].id == DOCUMENTS[0].id
+        monkeypatch.undo()
+        graph.store.compact()
+        assert graph.search(DOCUMENTS[0].text, 1).hits[0].id == DOCUMENTS[0].id
         assert len(list(retriever.store.folder.glob("graph-*"))) == 1
 
 

@@ -96,6 +96,7 @@ class Retriever:
             )
         self.model, self.store, self.kind = model, store, kind
         self._index: tuple[int, Index] | None = None
+        self._graphed: tuple[Path, GraphIndex] | None = None
         self._lexical: tuple[int, LexicalIndex] | None = None
         self._plane: tuple[tuple[int, int], tuple[Plane, list[Passage], np.ndarray]] | None = None
 
@@ -259,15 +260,21 @@ class Retriever:
         return self._index[1]
 
     def _graph(self) -> GraphIndex:
+        """The graph of the vectors' file; rows are only ever appended to that."""
         store = self.store
-        path = store.derived("graph")
-        if path.exists():
-            return GraphIndex.load(path, store.vectors, store.alive)
-        graph = GraphIndex.build(store.vectors, store.alive)
-        with suppress(OSError):  # a copy for the next start: search goes on without it
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            graph.save(temporary)
-            temporary.replace(path)
+        path = store.derived("graph", store.vectors_name)
+        if self._graphed and self._graphed[0] == path:
+            graph = self._graphed[1].extend(store.vectors, store.alive)
+        elif path.exists():
+            graph = GraphIndex.load(path, store.vectors, store.alive)
+        else:
+            graph = GraphIndex.build(store.vectors, store.alive)
+        self._graphed = path, graph
+        if graph.saved < 0.9 * store.rows:
+            with suppress(OSError):  # a copy for the next start: search goes on without it
+                temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                graph.save(temporary)
+                temporary.replace(path)
         return graph
 
     def lexical(self) -> LexicalIndex:

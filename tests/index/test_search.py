@@ -71,6 +71,22 @@ def test_graph_finds_what_exact_finds_and_skips_the_dead(rng, tmp_path):
     np.testing.assert_array_equal(loaded.search(queries, 10)[1], rows)
 
 
+def test_graph_grows_with_the_vectors(rng, tmp_path):
+    pytest.importorskip("usearch")
+    vectors, queries = unit(rng, 2000, 32), unit(rng, 20, 32)
+    alive = rng.random(2000) > 0.1
+    graph = GraphIndex.build(vectors[:1500])
+    graph.save(tmp_path / "graph")
+    loaded = GraphIndex.load(tmp_path / "graph", vectors[:1800])
+    assert (loaded.saved, len(loaded)) == (1500, 1800)
+    exact_rows = ExactIndex(vectors, alive).search(queries, 10)[1]
+    for grown in (graph, loaded):
+        rows = grown.extend(vectors, alive).search(queries, 10)[1]
+        assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, exact_rows, strict=True)]) > 0.95
+    with pytest.raises(StoreError, match="row 1499 is another vector"):
+        GraphIndex.load(tmp_path / "graph", vectors[::-1])
+
+
 def test_graph_smaller_than_k_and_damaged_file(rng, tmp_path):
     pytest.importorskip("usearch")
     vectors = unit(rng, 3, 8)

@@ -29,29 +29,43 @@ class GraphIndex:
     def __init__(self, graph: Any, vectors: np.ndarray, alive: np.ndarray | None = None):
         self.graph, self.vectors = graph, vectors
         self.alive = None if alive is None or alive.all() else alive
+        self.saved = 0
+        """How many rows its copy on disk holds."""
 
     @classmethod
     def build(cls, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
         """Build from scratch, on all cores."""
-        index = cls(_new(vectors.shape[1]), vectors, alive)
-        index.graph.add(np.arange(len(vectors)), np.asarray(vectors, dtype=np.float32))
-        return index
+        return cls(_new(vectors.shape[1]), vectors[:0]).extend(vectors, alive)
 
     @classmethod
     def load(cls, path: Path, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
-        """Load the saved graph of these vectors. Raises StoreError if it is damaged."""
+        """Load the saved graph of these vectors, or of the first of them. Raises StoreError if it is damaged."""
         graph = _new(vectors.shape[1])
         try:
             graph.load(str(path))
-            if (len(graph), graph.ndim) != vectors.shape:
+            if graph.ndim != vectors.shape[1] or len(graph) > len(vectors):
                 raise ValueError(f"it holds {len(graph)} rows of {graph.ndim}, the store {vectors.shape}")
+            last = len(graph) - 1
+            if last >= 0 and not np.allclose(graph.get(last, dtype="f32"), vectors[last], atol=0.02):
+                raise ValueError(f"row {last} is another vector than in the store")
         except Exception as error:
             raise StoreError(f"{path}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
-        return cls(graph, vectors, alive)
+        loaded = cls(graph, vectors[:0])
+        loaded.saved = len(graph)
+        return loaded.extend(vectors, alive)
+
+    def extend(self, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
+        """Take over what has been appended to the vectors, and which rows are alive now. Returns itself."""
+        first = len(self.graph)
+        if first < len(vectors):
+            self.graph.add(np.arange(first, len(vectors)), np.asarray(vectors[first:], dtype=np.float32))
+        self.vectors, self.alive = vectors, None if alive is None or alive.all() else alive
+        return self
 
     def save(self, path: Path) -> None:
         """Write the graph; the caller renames it into place."""
         self.graph.save(str(path))
+        self.saved = len(self.graph)
 
     def __len__(self) -> int:
         return len(self.graph) if self.alive is None else int(self.alive.sum())

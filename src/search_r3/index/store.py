@@ -3,7 +3,7 @@
     manifest.json   format, checkpoint, dimension, dtype, splitting
     records.sqlite  documents, their content hashes, passages (one per vector row), blocks (a checksum per append)
     vectors-N.bin   row-major float32 or float16; row r starts at r * dimension * itemsize
-    graph-*, bm25-* derived; deleted at any time, rebuilt when needed
+    graph-* derived from a vectors' file, bm25-* from all; deleted at any time, rebuilt when needed
 
 Crash safety: a batch's vectors are appended and synced first, then its records are committed in one transaction. Bytes
 beyond the last committed row belong to a batch that was in flight and are overwritten. So a store killed at any instant
@@ -424,9 +424,12 @@ class Store:
             self.refresh()
             old.unlink(missing_ok=True)
 
-    def derived(self, kind: str) -> Path:
-        """Where something computed from the present content is kept, e.g. `graph-12`; all others are removed."""
-        path = self.folder / f"{kind}-{self.generation}"
+    def derived(self, kind: str, of: str | None = None) -> Path:
+        """Where something computed from the content is kept, e.g. `bm25-12`; all others of the kind are removed.
+
+        of: what it was computed from; default, the present generation.
+        """
+        path = self.folder / f"{kind}-{of or self.generation}"
         if not path.exists():
             for old in self.folder.glob(f"{kind}-*"):
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
