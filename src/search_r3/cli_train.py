@@ -12,12 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from search_r3.cli_common import (
+    IMAGES,
     Arithmetic,
     Checkpoint,
     Device,
+    EmbedToken,
     Json,
     Precision,
+    PromptFile,
     check_reports,
+    check_writable,
     err,
     interruptible,
     load_model,
@@ -25,7 +29,7 @@ from search_r3.cli_common import (
     print_json,
     write_reports,
 )
-from search_r3.errors import DataError
+from search_r3.extras import need
 
 Data = Annotated[Path, typer.Option(help="Folder that the recipe's data sets lie in.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Run folder; the trained model is its `model`.")]
@@ -57,6 +61,7 @@ def sft(
 
     Example:  search-r3 train sft recipes/smollm2-135m-cpu.yaml --data data --output runs/first
     """
+    need("train", "training")
     with err.status("loading"):
         from search_r3.train.config import read_recipe
         from search_r3.train.estimate import estimate
@@ -93,6 +98,8 @@ def rl(
 
     Example:  search-r3 train rl recipes/smollm2-135m-rl-cpu.yaml --data data --output runs/rl
     """
+    need("train", "training")
+    need("rl", "stage 2")
     with err.status("loading"):
         from search_r3.train.reinforce import prepare
         from search_r3.train.reinforce import train as run
@@ -153,6 +160,7 @@ def overlap(
     """
     from dataclasses import asdict
 
+    need("train", "overlap")
     from search_r3.train.config import read_recipe
     from search_r3.train.overlap import markdown, overlaps
     from search_r3.train.supervised import prepare
@@ -185,13 +193,13 @@ def mine(
 
     Example:  search-r3 mine data/squad -o data/squad/negatives.jsonl
     """
+    need("train", "mining")
     from search_r3.files import write_text
     from search_r3.train.data import dump
     from search_r3.train.mining import Mining, lexical_search, model_search
     from search_r3.train.mining import mine as find
 
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: its folder does not exist")
+    check_writable("--output", output)
     searcher = lexical_search if index == "bm25" else model_search(load_model(index))
     with interruptible("nothing was written"):
         records = list(find(dataset, split, Mining(count, depth, skip, max_score_ratio), searcher))
@@ -237,8 +245,8 @@ def bootstrap(
 
     Example:  search-r3 bootstrap data/tldr -o data/tldr/thoughts.jsonl --limit 500
     """
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: its folder does not exist")
+    need("train", "bootstrap")
+    check_writable("--output", output)
     if quote:
         from search_r3.train import bootstrap as bootstrapping
 
@@ -314,6 +322,7 @@ def plot_run(
     from search_r3.train.plot import plot as draw
 
     image = output or run / "curves.png"
+    check_writable("--output", image, IMAGES)
     draw(run, image)
     if rollouts := last_rollouts(run):
         table = Table("reward", "rank", "query", "reasoning", title=f"rollouts of step {rollouts[0]['step']}")
@@ -331,6 +340,8 @@ def plot_map(
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")] = Path("map.png"),
     precision: Arithmetic = Precision.auto,
     device: Device = None,
+    prompt_file: PromptFile = None,
+    embed_token: EmbedToken = None,
 ) -> None:
     """Draw where a question lies among the documents, before and after reasoning (PCA of the documents' vectors).
 
@@ -339,11 +350,11 @@ def plot_map(
     from search_r3.index.store import Store
     from search_r3.train.plot import draw_map
 
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: its folder does not exist")
+    check_writable("--output", output, IMAGES)
+    need("train", "a plot")
     with Store.open(folder, verify=False) as store:
         stored = store.manifest
-    model = load_model(stored.checkpoint, precision, device, stored.dimension)
+    model = load_model(stored.checkpoint, precision, device, stored.dimension, prompt_file, embed_token)
     from search_r3.retriever import Retriever
 
     with Retriever.open(folder, model) as retriever:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from search_r3.errors import DataError, EmptyTextError
+from search_r3.extras import need
 from search_r3.files import given_path
 from search_r3.records import Document, Query
 
@@ -288,10 +289,9 @@ def _files(root: Path, files: Iterable[Path], on_bad: Callable[[DataError], None
 
 
 def _import_datasets(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{source}: reading it needs the 'datasets' extra: pip install 'search-r3[datasets]'") from None
+    need("datasets", source)
+    import datasets
+
     return datasets
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from search_r3.errors import CheckpointError, SearchR3Error
+from search_r3.extras import need
 
 PART = 32  # texts that a worker encodes at once
 
@@ -21,14 +22,13 @@ class RayEncoder:
 
     checkpoint: as for `SearchR3.from_pretrained`, on a path that every worker can read. workers: how many; default: one
     a GPU of the cluster, or one a CPU core where it has none. options: of `SearchR3.from_pretrained`. Raises
-    CheckpointError when Ray is missing or a worker cannot load the model.
+    MissingExtraError where Ray is missing, CheckpointError when a worker cannot load the model.
     """
 
     def __init__(self, checkpoint: str, *, workers: int | None = None, **options: Any):
-        try:
-            import ray
-        except ImportError:
-            raise CheckpointError("distributed encoding needs the 'ray' extra: pip install 'search-r3[ray]'") from None
+        need("ray", "distributed encoding")
+        import ray
+
         self._ray = ray
         self._mine = not ray.is_initialized()
         if self._mine:

@@ -24,5 +24,9 @@ class StoreError(SearchR3Error):
     """An index folder that cannot be opened, trusted or written."""
 
 
+class MissingExtraError(SearchR3Error):
+    """An optional package that is not installed; the message says with which extra it comes."""
+
+
 class TrainingError(SearchR3Error):
     """A recipe that cannot be run, or a run that cannot go on."""

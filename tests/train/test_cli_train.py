@@ -51,7 +51,7 @@ def test_mine(root, tmp_path):
     report = json.loads(run("mine", root / "train", "-o", output, "--json").stdout)
     assert report["queries"] == len(output.read_text().splitlines()) == 20
     read_recipe(RECIPE)
-    with pytest.raises(DataError, match="folder does not exist"):
+    with pytest.raises(DataError, match="a folder that exists"):
         run("mine", root / "train", "-o", tmp_path / "nowhere" / "mined.jsonl")
 
 

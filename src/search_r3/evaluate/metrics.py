@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from search_r3.errors import DataError
-
 METRICS = ("nDCG@10", "R@100", "RR@10")
 """ir-measures' names; RR@10 averaged over queries is MRR@10."""
 
@@ -22,10 +20,7 @@ def score_queries(
     judgements: Mapping[str, Mapping[str, int]], run: Mapping[str, Ranking]
 ) -> dict[str, dict[str, float]]:
     """Metric -> query id -> value in [0, 1]; a judged query without results counts 0."""
-    try:
-        import ir_measures
-    except ImportError:
-        raise DataError("measuring needs the 'eval' extra: pip install 'search-r3[eval]'") from None
+    import ir_measures
 
     measures = [ir_measures.parse_measure(name) for name in METRICS]
     values = {name: dict.fromkeys(judgements, 0.0) for name in METRICS}

@@ -18,6 +18,7 @@ from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
 from search_r3.evaluate.gate import best, curve, signals
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
+from search_r3.extras import need
 from search_r3.files import cache_home, write_text
 from search_r3.model.reasoning import mean_vectors
 from search_r3.model.search_r3 import SearchR3
@@ -104,6 +105,9 @@ def evaluate(
     collection. Interrupted, the same evaluation goes on with the collection it had reached.
     Raises DataError for a broken collection, before anything is encoded.
     """
+    need("eval", "measuring")
+    if "minilm" in modes:
+        need("baselines", "mode minilm")
     collections = [load_collection(folder, split, limit) for folder in folders]
     results, kept = [], []
     for collection, folder in zip(collections, folders, strict=True):

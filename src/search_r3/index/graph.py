@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from search_r3.errors import StoreError
+from search_r3.extras import need
 
 CONNECTIVITY = 16  # neighbours a node; 32 found no more at 576 dimensions and took a third longer to build
 EXPANSION_ADD = 128
@@ -110,8 +111,7 @@ class GraphIndex:
 
 
 def _new(dimension: int) -> Any:
-    try:
-        from usearch.index import Index
-    except ImportError:
-        raise StoreError("a graph index needs the 'graph' extra: pip install 'search-r3[graph]'") from None
+    need("graph", "a graph index")
+    from usearch.index import Index
+
     return Index(ndim=dimension, metric="ip", dtype="bf16", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD)

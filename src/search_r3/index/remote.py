@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from search_r3.errors import StoreError
+from search_r3.extras import need
 from search_r3.files import write_json
 from search_r3.index.store import Store
 
@@ -25,10 +26,9 @@ Quantisation = Literal["int8", "binary"]
 
 def connect(url: str) -> Any:
     """A client. url: of a server, a folder for the client's local mode, or ":memory:"."""
-    try:
-        from qdrant_client import QdrantClient
-    except ImportError:
-        raise StoreError("a Qdrant index needs the 'qdrant' extra: pip install 'search-r3[qdrant]'") from None
+    need("qdrant", "a Qdrant index")
+    from qdrant_client import QdrantClient
+
     if re.fullmatch(r"[\w.-]+:\d+", url):
         raise StoreError(f"{url}: write http://{url}, or https://")
     try:

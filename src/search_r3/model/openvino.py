@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from search_r3.errors import CheckpointError, DataError
+from search_r3.extras import need
 from search_r3.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -28,15 +29,14 @@ FORMAT = 1
 def write(model: SearchR3, folder: Path) -> None:
     """Write the graph, its settings and the tokenizer into a new folder; weights are stored in 16 bits.
 
-    Raises CheckpointError where OpenVINO is missing or cannot convert the model, FileExistsError if the folder is not
-    empty.
+    Raises MissingExtraError without OpenVINO, CheckpointError where it cannot convert the model, FileExistsError if the
+    folder is not empty.
     """
     import torch
 
-    try:
-        import openvino
-    except ImportError as error:
-        raise CheckpointError("OpenVINO is not installed; pip install 'search-r3[openvino]'") from error
+    need("openvino", "the openvino format")
+    import openvino
+
     from search_r3.model.attention import NAME
     from search_r3.model.checkpoint import quiet
     from search_r3.model.graph import EmbedAct

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from search_r3.errors import TrainingError
+from search_r3.extras import need
 from search_r3.retriever import Retriever
 from search_r3.train.run import METRICS, TABLE
 
@@ -106,8 +107,7 @@ def draw_map(retriever: Retriever, query: str, image: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TrainingError("plots need the 'train' extra: pip install 'search-r3[train]'") from None
+    need("train", "a plot")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
