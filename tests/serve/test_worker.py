@@ -139,6 +139,10 @@ def test_queue_deadline_cache_and_end(model: SearchR3) -> None:
         (first,), read = await worker.think(model, "a", 3)
         assert (await worker.think(model, "a", 3))[0][0] is first
         assert read == 1
+        hits = worker.cache_hits
+        await worker.think(model, "a", 3, samples=2)  # two vectors: all that may be kept
+        await worker.think(model, "a", 3)
+        assert worker.cache_hits == hits
         kept = asyncio.ensure_future(worker.call(lambda: 7))
         await asyncio.sleep(0)
         await asyncio.to_thread(worker.stop)
@@ -155,6 +159,6 @@ def test_a_reasoning_cut_short_by_its_deadline_is_not_kept(model: SearchR3) -> N
             await worker.think(model, "pack files", 100_000)
         (result,), _ = await worker.think(model, "pack files", 3)
         assert result.token_ids == model.reason(["pack files"], max_new_tokens=3)[0].token_ids
-        assert len(worker._vectors) == 1
+        assert len(worker._known) == 1
 
     working(test, timeout=1.0)

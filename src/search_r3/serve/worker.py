@@ -103,7 +103,8 @@ class Worker:
         self._more = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="search-r3 model", daemon=True)
-        self._vectors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], tuple[int, Any]] = OrderedDict()  # with the number of its vectors
+        self._kept = 0
         self.waiting = 0
         """Texts accepted and not yet answered."""
         self.cache_hits = 0
@@ -141,7 +142,7 @@ class Worker:
         keep them. Raises BusyError, LateError, or DataError for an empty text.
         """
         names = [(id(model), max_tokens, _digest(text)) for text in texts] if keep else []
-        if names and all(name in self._vectors for name in names):
+        if names and all(name in self._known for name in names):
             self.cache_hits += len(names)
             found = [self._look_up(name) for name in names]
             return np.stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
@@ -181,7 +182,7 @@ class Worker:
         batch. Raises BusyError, or LateError if there was no time to think to the end.
         """
         name = (id(model), "think", max_new_tokens, samples, _digest(text))
-        if name in self._vectors:
+        if name in self._known:
             self.cache_hits += 1
             known: tuple[list[Reasoned], int] = self._look_up(name)
             if on_text is not None:
@@ -209,7 +210,7 @@ class Worker:
                 job.gone = True
         if time.monotonic() > job.deadline:  # it was cut short
             raise LateError
-        self._put(name, result)
+        self._put(name, result, samples)
         return result
 
     async def call(self, function: Callable[[], Result], size: int = 1) -> Result:
@@ -233,13 +234,14 @@ class Worker:
         return time.monotonic() + self.settings.timeout
 
     def _look_up(self, name: tuple[Any, ...]) -> Any:
-        self._vectors.move_to_end(name)
-        return self._vectors[name]
+        self._known.move_to_end(name)
+        return self._known[name][1]
 
-    def _put(self, name: tuple[Any, ...], value: Any) -> None:
-        self._vectors[name] = value
-        while len(self._vectors) > self.settings.cache:
-            self._vectors.popitem(last=False)
+    def _put(self, name: tuple[Any, ...], value: Any, vectors: int = 1) -> None:
+        self._kept += vectors - self._known.pop(name, (0, None))[0]
+        self._known[name] = vectors, value
+        while self._kept > self.settings.cache:
+            self._kept -= self._known.popitem(last=False)[1][0]
 
     def room(self, size: int) -> bool:
         """Whether so many texts more would be accepted now."""
