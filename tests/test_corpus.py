@@ -121,10 +121,16 @@ def test_broken_tables_and_archives(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "no such file or folder"), ("x.docx", "unknown kind of source")]
+    ("name", "message"),
+    [
+        ("nowhere", "no such file or folder"),
+        ("x.docx", "unknown kind of source"),
+        ("x.txt.gz", "unknown kind of source"),
+    ],
 )
 def test_unknown_sources(tmp_path, name, message):
     (tmp_path / "x.docx").touch()
+    (tmp_path / "x.txt.gz").touch()
     with pytest.raises(DataError, match=message):
         list(read_documents(tmp_path / name))
 

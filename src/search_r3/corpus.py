@@ -109,18 +109,19 @@ def read_records(source: str | Path, on_bad: Callable[[DataError], None] | None 
         if (path / "corpus.jsonl").exists():
             return _jsonl(path / "corpus.jsonl", on_bad)
         return _folder(path, on_bad)
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
+    packed = path.suffix == ".gz"
+    kind = Path(path.stem if packed else path.name).suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         return _jsonl(path, on_bad)
     if kind in (".csv", ".tsv"):
         return _table(path, "," if kind == ".csv" else "\t", on_bad)
-    if kind == ".parquet":
+    if kind == ".parquet" and not packed:
         return _parquet(path)
-    if kind in (".txt", ".md"):
+    if kind in (".txt", ".md") and not packed:
         return _files(path.parent, [path], on_bad)
     raise DataError(
-        f"{source}: unknown kind of source; use .jsonl, .csv, .tsv, .parquet, .txt, .md, a folder or hf://owner/name"
+        f"{source}: unknown kind of source; use .jsonl, .csv or .tsv (or one of these as .gz), .parquet, .txt, .md, a "
+        "folder or hf://owner/name"
     )
 
 

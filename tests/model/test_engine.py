@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_r3 import SearchR3
-from search_r3.errors import DataError
+from search_r3.errors import CheckpointError, DataError
 from search_r3.model.checkpoint import initialise
 from search_r3.model.embedding import embed
 from tests.conftest import TEXTS, build_base
@@ -34,6 +34,26 @@ def test_batch_size_does_not_change_vectors(model, batch_tokens, monkeypatch):
     expected = model.encode_documents(TEXTS)
     monkeypatch.setattr(model.engine, "batch_tokens", batch_tokens)
     np.testing.assert_allclose(model.encode_documents(TEXTS), expected, atol=1e-5)
+
+
+def test_batches_too_large_for_the_memory_are_halved(model, monkeypatch):
+    expected, forward, sizes = model.encode_documents(TEXTS), model.engine._forward, []
+
+    def small(tails, act):
+        sizes.append(len(tails))
+        if sum(map(len, tails)) > 100:
+            raise torch.OutOfMemoryError
+        return forward(tails, act)
+
+    monkeypatch.setattr(model.engine, "batch_tokens", 10_000)
+    monkeypatch.setattr(model.engine, "_forward", small)
+    np.testing.assert_allclose(model.encode_documents(TEXTS), expected, atol=1e-5)
+    assert max(sizes) == len(TEXTS)
+    sizes.clear()
+    model.encode_documents(TEXTS)
+    assert max(sizes) < len(TEXTS)  # it has learnt what fits
+    with pytest.raises(CheckpointError, match=r"not enough memory for a text of \d+ tokens"):
+        model.encode_documents(["many words " * 50])
 
 
 def test_left_padding_and_attention_mask_give_the_same_vector(model):

@@ -8,6 +8,7 @@ the tail is the user's text (control tokens disabled), the act's suffix, anythin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from search_r3.errors import DataError
+from search_r3.errors import CheckpointError, DataError
 from search_r3.model.attention import NAME as PACKED_ATTENTION
 from search_r3.model.attention import Packed, packed_states
 from search_r3.model.cache import Prefix, take_prefix
@@ -111,7 +112,7 @@ class Engine:
         vectors = np.empty((len(complete), self.dimension), dtype=np.float32)
         with Meter(label, len(complete), "texts", progress) as meter:
             for rows in self._batches([len(tail) for tail in complete]):
-                vectors[rows] = self._forward([complete[row] for row in rows], act).cpu().numpy()
+                vectors[rows] = self._fitting([complete[row] for row in rows], act)
                 meter.advance(len(rows), sum(len(complete[row]) for row in rows))
         return vectors
 
@@ -125,6 +126,21 @@ class Engine:
             batch.append(row)
         if batch:
             yield batch
+
+    def _fitting(self, tails: Sequence[Sequence[int]], act: ActName) -> np.ndarray:
+        """(B, D) embeddings of one batch; it and all later ones are halved where the device's memory is too small."""
+        with suppress(torch.OutOfMemoryError):
+            return self._forward(tails, act).cpu().numpy()
+        if len(tails) == 1:
+            raise CheckpointError(
+                f"{self.device}: not enough memory for a text of {len(tails[0])} tokens; cut texts shorter, free "
+                "some, or use a smaller model"
+            )
+        self.batch_tokens = min(self.batch_tokens, sum(map(len, tails))) // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(tails) // 2
+        return np.concatenate([self._fitting(tails[:half], act), self._fitting(tails[half:], act)])
 
     @torch.inference_mode()
     def _forward(self, tails: Sequence[Sequence[int]], act: ActName) -> Tensor:
