@@ -104,6 +104,14 @@ def test_graph_index_finds_the_same_and_is_kept(retriever, model, monkeypatch):
         assert len(list(retriever.store.folder.glob("graph-*"))) == 1
 
 
+def test_the_name_of_the_default_is_no_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr(model, "source", "base")
+    with Retriever.create(tmp_path / "index", model) as made:
+        assert made.store.manifest.checkpoint == "base"
+
+
 def test_unchanged_documents_are_not_encoded_again(retriever, monkeypatch):
     encoded = count_encodes(retriever, monkeypatch)
     changed = [Document("0", "now different"), *DOCUMENTS[1:], Document("new", "fresh")]

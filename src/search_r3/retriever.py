@@ -113,9 +113,10 @@ class Retriever:
     ) -> Retriever:
         """A new, empty index. max_tokens: cut passages at this length; default: the checkpoint's."""
         splitting = splitting or Splitting()
+        local = model.source not in ("default", "base") and Path(model.source).is_dir()
         manifest = StoreManifest(
             # A folder is found again from wherever the index is used.
-            checkpoint=str(Path(model.source).resolve()) if Path(model.source).is_dir() else model.source,
+            checkpoint=str(Path(model.source).resolve()) if local else model.source,
             fingerprint=model.fingerprint,
             dimension=model.dimension,
             dtype=dtype,
@@ -450,7 +451,9 @@ class Retriever:
     def _documents(self, rows: np.ndarray, scores: np.ndarray, k: int) -> dict[str, tuple[float, Passage]]:
         """Up to k documents by id, best first, each with its best passage; reads no more than it must."""
         best: dict[str, tuple[float, Passage]] = {}
-        left = np.flatnonzero(rows >= 0)
+        here = (rows >= 0) & (rows < self.store.rows)
+        here[here] = self.store.alive[rows[here]]  # a collection in Qdrant may be ahead of what is read here
+        left = np.flatnonzero(here)
         while len(best) < k and len(left):
             now, left = left[:k], left[k:]
             for score, passage in zip(scores[now].tolist(), self.store.get(rows[now].tolist()), strict=True):

@@ -87,6 +87,16 @@ def test_graph_grows_with_the_vectors(rng, tmp_path):
         GraphIndex.load(tmp_path / "graph", vectors[::-1])
 
 
+def test_graph_finds_rows_that_no_edge_leads_to(rng, tmp_path):
+    pytest.importorskip("usearch")
+    vectors = np.repeat(unit(rng, 1, 16), 300, axis=0)
+    scores, rows = GraphIndex.build(vectors).search(vectors[:1], 300)
+    assert sorted(rows[0].tolist()) == list(range(300))
+    np.testing.assert_allclose(scores, 1, atol=1e-6)
+    with pytest.raises(OSError, match="No such file"):
+        GraphIndex.build(vectors).save(tmp_path / "nowhere" / "graph")
+
+
 def test_graph_smaller_than_k_and_damaged_file(rng, tmp_path):
     pytest.importorskip("usearch")
     vectors = unit(rng, 3, 8)

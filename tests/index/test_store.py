@@ -195,6 +195,52 @@ def test_a_full_disk_keeps_what_was_stored(store, monkeypatch):
         assert list(again.ids()) == ["a"]
 
 
+def test_records_that_fill_the_disk_say_so(store):
+    put(store, "a")
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(StoreError, match="full; what was stored before is kept; free some space"):
+        put(store, *map(str, range(3000)), text="text " * 400)
+    assert list(store.ids()) == ["a"]
+
+
+@pytest.mark.parametrize("moment", ["_lost_records", "_map"])
+def test_opening_while_another_process_compacts(store, monkeypatch, moment):
+    put(store, "a", "b")
+    put(store, "c", value=2.0)
+    store.delete(["a"])
+    original, done = getattr(Store, moment), []
+
+    def compact_first(self):
+        if self is not store and not done:
+            done.append(True)
+            store.compact()
+        return original(self)
+
+    monkeypatch.setattr(Store, moment, compact_first)
+    with Store.open(store.folder) as reader, reader.reading():
+        assert done
+        assert sorted(reader.ids()) == ["b", "c"]
+        assert reader.vectors[reader.alive].sum() == WIDTH * 3
+
+
+def test_a_failed_compaction_leaves_nothing(store, monkeypatch):
+    put(store, "a", "b")
+    store.delete(["a"])
+    (store.folder / "vectors-99.bin").touch()  # of a compaction that was killed
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.compact()
+    assert len(list(store.folder.glob("vectors-*.bin"))) == 2
+    monkeypatch.undo()
+    store.compact()
+    assert [path.name for path in store.folder.glob("vectors-*.bin")] == [store.vectors_name]
+
+
 def test_one_writer_at_a_time_and_readers_see_commits(store):
     with Store.open(store.folder) as reader, Store.open(store.folder) as rival:
         with store.writing():

@@ -13,6 +13,7 @@ import numpy as np
 
 from search_r3.errors import StoreError
 from search_r3.extras import need
+from search_r3.index.exact import ExactIndex
 
 CONNECTIVITY = 16  # neighbours a node; 32 found no more at 576 dimensions and took a third longer to build
 EXPANSION_ADD = 128
@@ -64,8 +65,12 @@ class GraphIndex:
         return self
 
     def save(self, path: Path) -> None:
-        """Write the graph; the caller renames it into place."""
-        self.graph.save(str(path))
+        """Write the graph; the caller renames it into place. Raises OSError."""
+        try:
+            self.graph.save(str(path))
+        except RuntimeError as error:  # usearch's only kind
+            path.unlink(missing_ok=True)
+            raise OSError(str(error)) from error
         self.saved = len(self.graph)
 
     def __len__(self) -> int:
@@ -81,6 +86,10 @@ class GraphIndex:
         for start in range(0, len(queries), step) if wanted else ():
             block = queries[start : start + step]
             keys, usable = self._propose(block, wanted)  # (S, depth)
+            if usable.sum(axis=1).min() < wanted:  # to some rows no edge leads
+                part = slice(start, start + step)
+                scores[part, :wanted], rows[part, :wanted] = ExactIndex(self.vectors, self.alive).search(block, wanted)
+                continue
             found = (self.vectors[keys].astype(np.float32, copy=False) @ block[:, :, None])[:, :, 0]  # (S, depth)
             found[~usable] = -np.inf
             best = (-found).argsort(axis=1, kind="stable")[:, :wanted]

@@ -123,7 +123,9 @@ class Store:
         with self._errors():
             self._db = sqlite3.connect(folder / "records.sqlite", isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA busy_timeout = 10000")
-            self.refresh(verify)
+        self.generation = -1
+        with self.reading(verify):
+            pass
 
     @classmethod
     def create(cls, folder: Path, manifest: StoreManifest) -> Store:
@@ -227,21 +229,38 @@ class Store:
                 )
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, verify: bool = False) -> Iterator[None]:
         """See one state of the index, the latest, whatever other processes commit meanwhile."""
         with self._errors():
-            self._db.execute("BEGIN")
+            self._begin(verify)
             try:
-                if self.moved():
-                    self.refresh()
                 yield
             finally:
                 self._db.execute("COMMIT")
 
+    def _begin(self, verify: bool) -> None:
+        """Begin a transaction on the latest state. Looks again where another process numbered rows anew just then."""
+        while True:
+            self._db.execute("BEGIN")
+            seen = self._committed()
+            try:
+                if seen != self.generation:
+                    self.refresh(verify)
+                return
+            except BaseException:
+                self._db.execute("COMMIT")
+                if self._committed() == seen:
+                    raise
+
     def moved(self) -> bool:
         """Whether another process has committed since the last look: rows may mean something else now."""
         with self._errors():
-            return bool(self._db.execute("SELECT generation FROM state").fetchone()[0] != self.generation)
+            return self._committed() != self.generation
+
+    def _committed(self) -> int | None:
+        """The generation on disk; None where its record is missing."""
+        found = self._db.execute("SELECT generation FROM state").fetchone()
+        return found and int(found[0])
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -403,14 +422,17 @@ class Store:
             rows = np.flatnonzero(self.alive)
             new = self.folder / f"vectors-{self.generation + 1}.bin"
             blocks = []
-            with new.open("wb") as file:
-                for start in range(0, len(rows), 4096):
-                    block = np.ascontiguousarray(self.vectors[rows[start : start + 4096]])
-                    file.write(block.data)
-                    blocks.append((start, len(block), zlib.crc32(block.data)))
-                file.flush()
-                os.fsync(file.fileno())
-            old = self._path
+            try:
+                with new.open("wb") as file:
+                    for start in range(0, len(rows), 4096):
+                        block = np.ascontiguousarray(self.vectors[rows[start : start + 4096]])
+                        file.write(block.data)
+                        blocks.append((start, len(block), zlib.crc32(block.data)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
             with self._transaction():
                 # Rows only move down, in rising order, so no update meets a row that is still in use.
                 self._db.executemany(
@@ -422,7 +444,9 @@ class Store:
                     "UPDATE state SET file = ?, rows = ?, generation = generation + 1", (new.name, len(rows))
                 )
             self.refresh()
-            old.unlink(missing_ok=True)
+            for old in self.folder.glob("vectors-*.bin"):  # the last one, and what a killed compaction left
+                if old != self._path:
+                    old.unlink(missing_ok=True)
 
     def derived(self, kind: str, of: str | None = None) -> Path:
         """Where something computed from the content is kept, e.g. `bm25-12`; all others of the kind are removed.
@@ -458,7 +482,8 @@ class Store:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite ends it by itself where the disk is full
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
