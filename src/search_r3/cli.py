@@ -36,6 +36,7 @@ from search_r3.cli_common import (
     interruptible,
     load_model,
     out,
+    plain,
     print_json,
 )  # fmt: skip
 from search_r3.cli_eval import eval_
@@ -72,7 +73,7 @@ def main() -> None:
     try:
         app()
     except SearchR3Error as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+        err.print(f"[bold red]error:[/bold red] {escape(plain(str(error)))}")
         sys.exit(2)
     except BrokenPipeError:  # `search-r3 ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -269,7 +270,7 @@ def search(
                 gate=gate,
                 hybrid=hybrid,
                 max_new_tokens=max_new_tokens,
-                on_text=(lambda _, piece: out.print(Text(piece, style="italic cyan"), end="")) if streaming else None,
+                on_text=_stream if streaming else None,
             )
             if json_:
                 print_json(_found_json(found))
@@ -277,9 +278,13 @@ def search(
                 if streaming:
                     out.print()  # ends the line of what was shown as it came
                 for thought in found.thoughts[1 if streaming else 0 :]:
-                    out.print(Text.assemble(("thought: ", "dim"), (thought.text, "italic cyan")))
+                    out.print(Text.assemble(("thought: ", "dim"), (plain(thought.text), "italic cyan")))
                 out.print()
                 _show_hits(text, found.hits)
+
+
+def _stream(_: int, piece: str) -> None:
+    out.print(Text(plain(piece), style="italic cyan"), end="")
 
 
 def _queries(query: str | None) -> Iterator[str]:
@@ -328,11 +333,11 @@ def _show_hits(query: str, hits: list[Hit]) -> None:
     for hit in hits:
         head = Text(f"{hit.rank:2}. ", style="bold")
         head.append(f"{hit.score:.3f}  ", style="dim")
-        head.append(hit.title or hit.id, style="bold")
+        head.append(plain(hit.title or hit.id), style="bold")
         if hit.title and hit.title != hit.id:
-            head.append(f"  {hit.id}", style="dim")
+            head.append(plain(f"  {hit.id}"), style="dim")
         out.print(head)
-        shown, ranges = snippet(" ".join(hit.text.split()), query)
+        shown, ranges = snippet(plain(" ".join(hit.text.split())), query)
         body = Text(shown)
         for start, end in ranges:
             body.stylize("bold yellow", start, end)

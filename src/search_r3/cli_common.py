@@ -101,6 +101,14 @@ def write_reports(paths: Sequence[Path], values: Any, page: str) -> None:
         write_json(path, values) if path.suffix == ".json" else write_text(path, page)
 
 
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+
+
+def plain(text: str) -> str:
+    """Without what would command the terminal: documents come from anywhere."""
+    return text.translate(CONTROLS)
+
+
 @contextmanager
 def interruptible(kept: str) -> Iterator[None]:
     """Ctrl-C ends with status 130 and says what was kept."""

@@ -34,12 +34,14 @@ from search_r3.cli_common import (
 from search_r3.errors import DataError
 from search_r3.extras import need
 
+DEFAULT_MODES = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm"
+
 
 def eval_(
     datasets: Annotated[list[Path] | None, typer.Argument(help="BEIR folders.")] = None,
     modes: Annotated[
-        str, typer.Option(help="Comma-separated; 'all' for every mode.")
-    ] = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm",
+        str | None, typer.Option(help="Comma-separated; 'all' for every mode.", show_default=DEFAULT_MODES)
+    ] = None,
     checkpoint: Checkpoint = "default",
     precision: Arithmetic = Precision.auto,
     device: Device = None,
@@ -49,7 +51,10 @@ def eval_(
     max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
     samples: Samples = 1,
-    fuse: Annotated[float, typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1)] = 0.5,
+    fuse: Annotated[
+        float | None,
+        typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1, show_default="0.5"),
+    ] = None,
     output: Annotated[
         list[Path] | None,
         typer.Option("--output", "-o", help="Write the report here: .json or .md; may be given twice."),
@@ -82,8 +87,8 @@ def eval_(
     if mteb:
         need("mteb", "--mteb")
         ours = {"--output": output, "--details": details, "--limit": limit, "--max-tokens": max_tokens,
-                "--max-new-tokens": max_new_tokens}  # fmt: skip
-        if given := [option for option, value in ours.items() if value]:
+                "--max-new-tokens": max_new_tokens, "--modes": modes, "--fuse": fuse}  # fmt: skip
+        if given := [option for option, value in ours.items() if value is not None and value != []]:
             raise DataError(f"{given[0]}: not with --mteb, whose results are in --mteb-output; leave it out")
         from search_r3.evaluate.mteb import run
 
@@ -92,6 +97,9 @@ def eval_(
         print_json(scores) if json_ else out.print_json(data=scores)
         return
     assert datasets
+    if reason:
+        raise DataError("--reason is for --mteb; elsewhere, name the modes: --modes direct,reason")
+    modes, fuse = modes or DEFAULT_MODES, 0.5 if fuse is None else fuse
     need("eval", "measuring")
     with err.status("loading"):
         from search_r3.evaluate.report import markdown, rich_tables

@@ -117,7 +117,7 @@ def export(
         need("openvino", "--format openvino")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise CheckpointError(f"--push {push}: not a name of the form OWNER/NAME")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, Precision.float32, "cpu")  # what is written is not rounded
     from search_r3.model import export, gguf, openvino
 
     try:

@@ -26,6 +26,7 @@ from search_r3.cli_common import (
     interruptible,
     load_model,
     out,
+    plain,
     print_json,
     write_reports,
 )
@@ -328,7 +329,8 @@ def plot_run(
         table = Table("reward", "rank", "query", "reasoning", title=f"rollouts of step {rollouts[0]['step']}")
         for record in rollouts:
             reward = "none" if record["reward"] is None else f"{record['reward']:.2f}"
-            table.add_row(reward, str(record["rank"]), escape(record["query"]), escape(record["reasoning"][:300]))
+            query, reasoning = (escape(plain(record[name][:300])) for name in ("query", "reasoning"))
+            table.add_row(reward, str(record["rank"]), query, reasoning)
         out.print(table)
     out.print(f"Wrote {escape(str(image))}")
 

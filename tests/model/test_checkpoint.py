@@ -165,6 +165,10 @@ def test_lora_adapter_loads_on_top_of_its_checkpoint(checkpoint, tmp_path):
     expected = model.encode_documents(TEXTS)
     tuned.save_pretrained(tmp_path / "adapter")
     loaded = SearchR3.from_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match="does not name its base model"):
+        SearchR3.from_pretrained(tmp_path / "adapter")
     np.testing.assert_allclose(loaded.encode_documents(TEXTS), expected, atol=1e-5)
     assert np.abs(expected - plain).max() > 1e-2
     assert loaded.fingerprint != SearchR3.from_pretrained(checkpoint).fingerprint

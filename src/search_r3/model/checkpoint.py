@@ -385,6 +385,8 @@ def _load_adapter(
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         parent = manifest.parent.source if manifest and manifest.parent else config["base_model_name_or_path"]
+        if not isinstance(parent, str) or not parent:
+            raise ValueError(f"base_model_name_or_path is {parent!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/adapter_config.json: does not name its base model ({error})") from error
     if prompts is None and manifest is None and (folder / PROMPTS).exists():

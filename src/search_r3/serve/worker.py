@@ -244,8 +244,8 @@ class Worker:
             self._kept -= self._known.popitem(last=False)[1][0]
 
     def room(self, size: int) -> bool:
-        """Whether so many texts more would be accepted now."""
-        return self.alive and self.waiting + size <= self.settings.queue
+        """Whether so many texts more would be accepted now; where none wait, as many as a request may hold."""
+        return self.alive and (not self.waiting or self.waiting + size <= self.settings.queue)
 
     def _room(self, size: int) -> _Room:
         if not self.room(size):
