@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from search_r3 import cli
+from search_r3 import SearchR3, cli
 from search_r3.cli_common import plain
 from search_r3.extras import EXTRAS
 from search_r3.index.store import Store
@@ -209,6 +209,20 @@ def test_a_missing_extra_is_named_before_any_work(run, arguments, extra, tmp_pat
     code, output, error = run(*arguments)
     assert (code, output) == (2, "")
     assert f"needs the '{extra}' extra: pip install 'search-r3[{extra}]'" in error
+
+
+def test_what_libraries_print_while_loading_is_no_output(run, checkpoint, monkeypatch):
+    load = SearchR3.from_pretrained
+
+    def noisy(*arguments, **options):
+        print("[WARNING] no accelerator")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(SearchR3, "from_pretrained", noisy)
+    code, output, error = run("embed", "x", "-c", checkpoint)
+    assert code == 0
+    assert json.loads(output)["text"] == "x"
+    assert "no accelerator" in error
 
 
 def test_documents_cannot_command_the_terminal():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,6 +120,13 @@ def interruptible(kept: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def loading(what: str = "loading") -> Iterator[None]:
+    """While modules are imported: what libraries print then (DeepSpeed does) is none of our output."""
+    with err.status(what), redirect_stdout(sys.stderr):
+        yield
+
+
 def load_model(
     checkpoint: str,
     precision: Precision = Precision.auto,
@@ -128,13 +136,14 @@ def load_model(
     embed_token: str | None = None,
 ) -> SearchR3:
     """Load a checkpoint as the options say."""
-    with err.status("loading the model"):
+    with loading("loading the model"):
         from search_r3.model.prompts import read_prompts
         from search_r3.model.search_r3 import SearchR3
     prompts = read_prompts(prompt_file) if prompt_file else None
-    return SearchR3.from_pretrained(
-        checkpoint, device=device, dtype=precision.value, dims=dims, prompts=prompts, embed_token=embed_token
-    )
+    with redirect_stdout(sys.stderr):
+        return SearchR3.from_pretrained(
+            checkpoint, device=device, dtype=precision.value, dims=dims, prompts=prompts, embed_token=embed_token
+        )
 
 
 def print_json(value: Any) -> None:

@@ -27,6 +27,7 @@ from search_r3.cli_common import (
     err,
     interruptible,
     load_model,
+    loading,
     out,
     print_json,
     write_reports,
@@ -101,7 +102,7 @@ def eval_(
         raise DataError("--reason is for --mteb; elsewhere, name the modes: --modes direct,reason")
     modes, fuse = modes or DEFAULT_MODES, 0.5 if fuse is None else fuse
     need("eval", "measuring")
-    with err.status("loading"):
+    with loading():
         from search_r3.evaluate.report import markdown, rich_tables
         from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
         from search_r3.files import write_text

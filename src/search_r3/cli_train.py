@@ -25,6 +25,7 @@ from search_r3.cli_common import (
     err,
     interruptible,
     load_model,
+    loading,
     out,
     plain,
     print_json,
@@ -63,14 +64,14 @@ def sft(
     Example:  search-r3 train sft recipes/smollm2-135m-cpu.yaml --data data --output runs/first
     """
     need("train", "training")
-    with err.status("loading"):
+    with loading():
         from search_r3.train.config import read_recipe
         from search_r3.train.estimate import estimate
         from search_r3.train.supervised import prepare
         from search_r3.train.supervised import train as run
 
     recipe = read_recipe(recipe_file, overrides or [])
-    with err.status("reading the data"):
+    with loading("reading the data"):
         prepared = prepare(recipe, data)
     _say_dropped(prepared.dropped, json_)
     if dry_run:
@@ -101,13 +102,13 @@ def rl(
     """
     need("train", "training")
     need("rl", "stage 2")
-    with err.status("loading"):
+    with loading():
         from search_r3.train.reinforce import prepare
         from search_r3.train.reinforce import train as run
         from search_r3.train.rl_config import read_rl_recipe
 
     recipe = read_rl_recipe(recipe_file, overrides or [])
-    with err.status("reading the data"):
+    with loading("reading the data"):
         prepared = prepare(recipe, data)
     _say_dropped(prepared.dropped, json_)
     if dry_run:
@@ -167,7 +168,7 @@ def overlap(
     from search_r3.train.supervised import prepare
 
     check_reports(outputs)
-    with err.status("reading the data"):
+    with loading("reading the data"):
         prepared = prepare(read_recipe(recipe_file, overrides or []), data)
         report = overlaps(prepared.sources, tests, split)
     names = " ".join(str(path) for path in tests)
@@ -280,7 +281,7 @@ def package(
     """
     from search_r3.train.package import extract_adapter
 
-    with err.status("extracting"):
+    with loading("extracting"):
         report = extract_adapter(checkpoint, base, output, rank)
     print_json(report) if json_ else out.print_json(data=report)
 
@@ -298,7 +299,7 @@ def average(
     """
     from search_r3.train.average import average as mean
 
-    with err.status("averaging"):
+    with loading("averaging"):
         manifest = mean(first, second, output, weight)
     print_json({"output": str(output), "weights_sha256": manifest.weights_sha256}) if json_ else out.print(
         f"Wrote {output}. Measure it with: search-r3 eval DATASET -c {output}", soft_wrap=True, highlight=False
