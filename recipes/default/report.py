@@ -15,6 +15,7 @@ from search_r3.files import write_json, write_text
 
 STAGES = {
     "sft": "stage 1: embed, with and without a text about the query",
+    "sft-2": "stage 1 again, with titles as queries, too",
     "rl": "stage 2: GRPO in the retrieval environment",
 }
 
@@ -117,6 +118,7 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
     sources = sorted({s["path"] for _, made in stages(run) for s in made["recipe"]["sources"]})
     metas = {source: read(data / source / "meta.json") for source in sources}
     hashes = [f"- {STAGES[name]}: `{made['data']}`" for name, made in stages(run)]
+    last = stages(run)[-1][0]
     modes = [
         m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "reason-hybrid", "bm25", "minilm")
     ]
@@ -168,7 +170,7 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
         "## How to repeat it",
         "",
         "`recipes/default/run.sh --data data --output runs/default --budget cpu` goes the same way on two cores;",
-        f"this is its `{'model' if len(hashes) > 1 else 'sft/model'}`, packaged with `--rank {config['r']}`.",
+        f"this is its `{'model' if last == 'rl' else last + '/model'}`, packaged with `--rank {config['r']}`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]

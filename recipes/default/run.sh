@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From the untrained model to an adapter to ship (the default is sft/model of such a run, packaged with --rank 16):
-#   prepare -> bootstrap -> train sft -> train rl -> average -> eval -> package -> report
+# From the untrained model to an adapter to ship (the default is sft-2/model of such a run, packaged):
+#   prepare -> bootstrap -> train sft (on the CPU twice) -> train rl -> average -> eval -> package -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
@@ -43,13 +43,13 @@ case $budget in
   *) echo "--budget $budget: tiny, cpu or gpu" >&2; exit 2 ;;
 esac
 
-# stage KIND OVERRIDE...: a training stage, gone on with or passed over where it is done.
+# stage KIND NAME OVERRIDE...: a training stage, gone on with or passed over where it is done.
 stage() {
-  local kind=$1 file=smollm2-135m-$recipe.yaml
-  shift
-  [ -d "$output/$kind/model" ] && return
+  local kind=$1 name=$2 file=smollm2-135m-$recipe.yaml
+  shift 2
+  [ -d "$output/$name/model" ] && return
   [ "$kind" = rl ] && file=smollm2-135m-rl-$recipe.yaml
-  search-r3 train "$kind" "recipes/$file" --data "$data" --output "$output/$kind" --resume "${@/#/--set=}"
+  search-r3 train "$kind" "recipes/$file" --data "$data" --output "$output/$name" --resume "${@/#/--set=}"
 }
 
 echo "== prepare"
@@ -68,11 +68,17 @@ for set in $sets; do  # gone on with where it was interrupted
 done
 
 echo "== stage 1: embed, with and without such a text"
-stage sft "model=$output/initial" ${sft[@]+"${sft[@]}"}
+stage sft sft "model=$output/initial" ${sft[@]+"${sft[@]}"}
+trained=$output/sft/model
+if [ "$budget" = cpu ]; then
+  echo "== stage 1, again: as many queries more, at a lower rate"
+  stage sft sft-2 "model=$trained" seed=1 learning_rate=3e-4
+  trained=$output/sft-2/model
+fi
 echo "== stage 2: reinforce"
-stage rl "model=$output/sft/model" ${rl[@]+"${rl[@]}"}
+stage rl rl "model=$trained" ${rl[@]+"${rl[@]}"}
 # Stage 2 has cost direct search a little; between the models before and after it lay one that it did not.
-[ -d "$output/model" ] || search-r3 average "$output/sft/model" "$output/rl/model" -o "$output/model" --weight 0.6
+[ -d "$output/model" ] || search-r3 average "$trained" "$output/rl/model" -o "$output/model" --weight 0.6
 
 # measure NAME CHECKPOINT SAMPLES MODES
 measure() {
