@@ -269,7 +269,7 @@ def test_a_map_is_drawn(run, indexed, tmp_path):
     assert code == 0, error
     assert (tmp_path / "map.svg").read_text().count("<use") > 6  # a mark for each of the six documents, and two more
     code, _, error = run("plot", "map", indexed, "pack files", "-o", tmp_path / "none" / "map.svg")
-    assert (code, "does not exist" in error) == (2, True)
+    assert (code, "cannot be written" in error) == (2, True)
 
 
 def test_serve_refuses_what_cannot_be_served(run, indexed, tmp_path):
