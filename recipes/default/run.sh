@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # From the untrained model to an adapter to ship (the default is sft-2/model of such a run, packaged):
-#   prepare -> bootstrap -> train sft (on the CPU twice) -> train rl -> average -> eval -> package -> report
+#   prepare -> bootstrap -> train sft (with --budget cpu twice) -> train rl -> average -> eval -> package -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
 # cpu: the recipe of the default, hours on two cores with native bfloat16.   gpu: one GPU.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it
-# again. Negatives, which no budget changes, stay with the data.
+# again. Negatives, which no budget changes, stay with the data; what the untrained
+# model writes is copied to them, over an untrained.jsonl that is there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=data output=runs/default budget=cpu
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
     --data) data=$2; shift 2 ;;
     --output) output=$2; shift 2 ;;
     --budget) budget=$2; shift 2 ;;
-    *) sed -n '2,10p' "recipes/default/run.sh" >&2; exit 2 ;;
+    *) sed -n '2,11p' "recipes/default/run.sh" >&2; exit 2 ;;
   esac
 done
 data=$(realpath "$data")
