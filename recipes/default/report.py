@@ -15,7 +15,7 @@ from search_r3.files import write_json, write_text
 
 STAGES = {
     "sft": "stage 1: embed, with and without a text about the query",
-    "sft-2": "stage 1 again, with titles as queries, too",
+    "sft-2": "stage 1 again, drawn anew",
     "rl": "stage 2: GRPO in the retrieval environment",
 }
 
@@ -117,7 +117,11 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
     config = read(folder / "adapter_config.json")
     sources = sorted({s["path"] for _, made in stages(run) for s in made["recipe"]["sources"]})
     metas = {source: read(data / source / "meta.json") for source in sources}
-    hashes = [f"- {STAGES[name]}: `{made['data']}`" for name, made in stages(run)]
+    titled = {name for name, made in stages(run) if any(s.get("titles") for s in made["recipe"]["sources"])}
+    hashes = [
+        f"- {STAGES[name]}{', titles as queries besides' * (name in titled)}: `{made['data']}`"
+        for name, made in stages(run)
+    ]
     last = stages(run)[-1][0]
     modes = [
         m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "reason-hybrid", "bm25", "minilm")

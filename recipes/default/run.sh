@@ -7,8 +7,8 @@
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
 # cpu: the recipe of the default, hours on two cores with native bfloat16.   gpu: one GPU.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it
-# again. Negatives, which no budget changes, stay with the data; what the untrained
-# model writes is copied to them, over an untrained.jsonl that is there.
+# again. Negatives, which no budget changes, stay with the data; what the untrained model writes is copied to them, over
+# an untrained.jsonl that is there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=data output=runs/default budget=cpu
@@ -72,7 +72,7 @@ echo "== stage 1: embed, with and without such a text"
 stage sft sft "model=$output/initial" ${sft[@]+"${sft[@]}"}
 trained=$output/sft/model
 if [ "$budget" = cpu ]; then
-  echo "== stage 1, again: as many queries more, at a lower rate"
+  echo "== stage 1, again: queries drawn anew, at a lower rate"
   stage sft sft-2 "model=$trained" seed=1 learning_rate=3e-4
   trained=$output/sft-2/model
 fi

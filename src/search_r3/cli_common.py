@@ -89,11 +89,10 @@ def check_writable(option: str, path: Path, endings: Sequence[str] = ()) -> None
         raise DataError(f"{option} {path}: cannot be written; name a file in a folder that exists and is yours")
 
 
-def check_reports(paths: Sequence[Path] | None) -> list[Path]:
+def check_reports(paths: Sequence[Path] | None) -> None:
     """Where a report is to go; see `check_writable`."""
     for path in paths or []:
         check_writable("--output", path, (".json", ".md"))
-    return list(paths or [])
 
 
 def write_reports(paths: Sequence[Path], values: Any, page: str) -> None:
@@ -122,7 +121,7 @@ def interruptible(kept: str) -> Iterator[None]:
 
 @contextmanager
 def loading(what: str = "loading") -> Iterator[None]:
-    """While modules are imported: what libraries print then (DeepSpeed does) is none of our output."""
+    """While modules or data are: what libraries print on import (DeepSpeed does) is none of our output."""
     with err.status(what), redirect_stdout(sys.stderr):
         yield
 

@@ -100,11 +100,10 @@ def eval_(
     assert datasets
     if reason:
         raise DataError("--reason is for --mteb; elsewhere, name the modes: --modes direct,reason")
-    modes, fuse = modes or DEFAULT_MODES, 0.5 if fuse is None else fuse
-    need("eval", "measuring")
+    modes, fuse = DEFAULT_MODES if modes is None else modes, 0.5 if fuse is None else fuse
     with loading():
         from search_r3.evaluate.report import markdown, rich_tables
-        from search_r3.evaluate.run import MODES, CollectionResult, evaluate, summarise
+        from search_r3.evaluate.run import MODES, CollectionResult, evaluate, need_extras, summarise
         from search_r3.files import write_text
 
     chosen = list(MODES) if modes == "all" else list(dict.fromkeys(m.strip() for m in modes.split(",") if m.strip()))
@@ -119,8 +118,7 @@ def eval_(
     names = [path.resolve().name for path in datasets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
-    if "minilm" in chosen:
-        need("baselines", "mode minilm")
+    need_extras(chosen)
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
     loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 

@@ -265,7 +265,8 @@ class Retriever:
         store = self.store
         path = store.derived("graph", store.vectors_name)
         if self._graphed and self._graphed[0] == path:
-            graph = self._graphed[1].extend(store.vectors, store.alive)
+            graph = self._graphed[1]
+            graph.extend(store.vectors, store.alive)
         elif path.exists():
             graph = GraphIndex.load(path, store.vectors, store.alive)
         else:
@@ -451,9 +452,7 @@ class Retriever:
     def _documents(self, rows: np.ndarray, scores: np.ndarray, k: int) -> dict[str, tuple[float, Passage]]:
         """Up to k documents by id, best first, each with its best passage; reads no more than it must."""
         best: dict[str, tuple[float, Passage]] = {}
-        here = (rows >= 0) & (rows < self.store.rows)
-        here[here] = self.store.alive[rows[here]]  # a collection in Qdrant may be ahead of what is read here
-        left = np.flatnonzero(here)
+        left = np.flatnonzero(rows >= 0)
         while len(best) < k and len(left):
             now, left = left[:k], left[k:]
             for score, passage in zip(scores[now].tolist(), self.store.get(rows[now].tolist()), strict=True):

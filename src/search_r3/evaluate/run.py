@@ -79,6 +79,13 @@ class CollectionResult:
     """Query id -> what a gate can go by (`gate.signals`), where direct search was asked for."""
 
 
+def need_extras(modes: Sequence[str]) -> None:
+    """Raises MissingExtraError for what these modes need and is not installed."""
+    need("eval", "measuring")
+    if "minilm" in modes:
+        need("baselines", "mode minilm")
+
+
 def evaluate(
     model: SearchR3 | None,
     folders: Sequence[str | Path],
@@ -105,9 +112,7 @@ def evaluate(
     collection. Interrupted, the same evaluation goes on with the collection it had reached.
     Raises DataError for a broken collection, before anything is encoded.
     """
-    need("eval", "measuring")
-    if "minilm" in modes:
-        need("baselines", "mode minilm")
+    need_extras(modes)
     collections = [load_collection(folder, split, limit) for folder in folders]
     results, kept = [], []
     for collection, folder in zip(collections, folders, strict=True):

@@ -22,22 +22,22 @@ BLOCK_BYTES = 64 << 20  # of proposed rows ranked at once
 
 
 class GraphIndex:
-    """A graph over the numbered rows of `vectors`.
+    """A graph over the numbered rows of `vectors`; those that it lacks at the end are added.
 
     vectors: (N, D) float32 or float16, an array or memory map.
     alive: (N,) bool; other rows are skipped by searching deeper. None: all rows.
     """
 
     def __init__(self, graph: Any, vectors: np.ndarray, alive: np.ndarray | None = None):
-        self.graph, self.vectors = graph, vectors
-        self.alive = None if alive is None or alive.all() else alive
-        self.saved = 0
+        self.graph = graph
+        self.saved = len(graph)
         """How many rows its copy on disk holds."""
+        self.extend(vectors, alive)
 
     @classmethod
     def build(cls, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
         """Build from scratch, on all cores."""
-        return cls(_new(vectors.shape[1]), vectors[:0]).extend(vectors, alive)
+        return cls(_new(vectors.shape[1]), vectors, alive)
 
     @classmethod
     def load(cls, path: Path, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
@@ -52,12 +52,10 @@ class GraphIndex:
                 raise ValueError(f"row {last} is another vector than in the store")
         except Exception as error:
             raise StoreError(f"{path}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
-        loaded = cls(graph, vectors[:0])
-        loaded.saved = len(graph)
-        return loaded.extend(vectors, alive)
+        return cls(graph, vectors, alive)
 
-    def extend(self, vectors: np.ndarray, alive: np.ndarray | None = None) -> GraphIndex:
-        """Take over what has been appended to the vectors, and which rows are alive now. Returns itself."""
+    def extend(self, vectors: np.ndarray, alive: np.ndarray | None = None) -> None:
+        """Take over what has been appended to the vectors, and which rows are alive now."""
         first = len(self.graph)
         if first < len(vectors):
             self.graph.add(np.arange(first, len(vectors)), np.asarray(vectors[first:], dtype=np.float32))

@@ -98,7 +98,9 @@ class RemoteIndex:
             part = requests[number : number + BATCH]
             answers = self._errors(lambda part=part: self.client.query_batch_points(self.collection, part))
             for line, answer in enumerate(answers, number):
-                for place, point in enumerate(answer.points):
+                # Another process may have copied what it committed since this store was last read.
+                known = [p for p in answer.points if p.id < self.store.rows and self.store.alive[p.id]]
+                for place, point in enumerate(known):
                     scores[line, place], rows[line, place] = point.score, point.id
         return scores, rows
 
