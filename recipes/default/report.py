@@ -111,7 +111,7 @@ def page(run: Path, target: Path) -> dict:
     return report
 
 
-def card(run: Path, data: Path, folder: Path, report: dict) -> None:
+def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None:
     """Write FOLDER/README.md."""
     summary = report["summary"]
     config = read(folder / "adapter_config.json")
@@ -173,7 +173,7 @@ def card(run: Path, data: Path, folder: Path, report: dict) -> None:
         "",
         "## How to repeat it",
         "",
-        "`recipes/default/run.sh --data data --output runs/default --budget cpu` goes the same way on two cores;",
+        f"`recipes/default/run.sh --data data --output runs/default --budget {budget}` goes the same way;",
         f"this is its `{'model' if last == 'rl' else last + '/model'}`, packaged with `--rank {config['r']}`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
@@ -187,7 +187,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--page", type=Path, default=Path("docs/results"), help="page to write, without suffix")
     parser.add_argument("--card", type=Path, help="adapter folder whose README.md is written")
+    parser.add_argument("--budget", default="cpu", help="of the run, for the card")
     given = parser.parse_args()
     made = page(given.run, given.page)
     if given.card:
-        card(given.run, given.data, given.card, made)
+        card(given.run, given.data, given.card, made, given.budget)

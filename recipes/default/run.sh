@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From the untrained model to an adapter to ship (the default is sft-2/model of such a run, packaged):
+# From the untrained model to an adapter to ship (the default is sft/model of a gpu run, packaged):
 #   prepare -> bootstrap -> train sft (with --budget cpu twice) -> train rl -> average -> eval -> package -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
-# cpu: the recipe of the default, hours on two cores with native bfloat16.   gpu: one GPU.
+# cpu: the recipe of the default before, hours on two cores with native bfloat16.   gpu: one GPU.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it
 # again. Negatives, which no budget changes, stay with the data; what the untrained model writes is copied to them, over
 # an untrained.jsonl that is there.
@@ -27,7 +27,7 @@ sets="squad nq-para medquad-train pydocstring cosqa-train-small tldr nl2bash str
       clapnq-answers acl-title-abstract scifact"
 evaluate="nano-cosqa nano-cranfield nano-medicalqa nano-mkqa-en nano-nfcorpus nano-paper-tldr nano-scifact nano-selqa nano-theoremqa
           nano-tldr"
-recipe=$budget thoughts=400 limit="" sft=() rl=()
+mined="" recipe=$budget thoughts=400 limit="" sft=() rl=()
 case $budget in
   tiny)
     sets="tldr nq-para scifact" recipe=cpu thoughts=48 evaluate="nano-tldr nano-selqa" limit="--limit 40"
@@ -40,7 +40,7 @@ case $budget in
       "sources=[{path: tldr, limit: 150, documents: 150}, {path: nq-para, limit: 150, documents: 150}]")
     ;;
   cpu) ;;
-  gpu) thoughts=2000 ;;
+  gpu) thoughts=2000 mined="conala gorilla-api" ;;
   *) echo "--budget $budget: tiny, cpu or gpu" >&2; exit 2 ;;
 esac
 
@@ -55,7 +55,7 @@ stage() {
 
 echo "== prepare"
 [ -d "$output/initial" ] || search-r3 init base "$output/initial" --prompts recipes/default/prompts.json
-for set in $sets; do  # squad's own documents are enough, but on a GPU
+for set in $sets $mined; do  # squad's own documents are enough, but on a GPU
   [ -f "$data/$set/negatives.jsonl" ] || { [ "$set" = squad ] && [ "$budget" != gpu ]; } ||
     search-r3 mine "$data/$set" -o "$data/$set/negatives.jsonl"
 done
@@ -96,5 +96,6 @@ measure model "$output/model" 8 direct,reason,fused,hybrid,reason-hybrid,control
 echo "== package"
 [ -d "$output/adapter" ] || search-r3 package "$output/model" -o "$output/adapter"
 echo "== report"
-python recipes/default/report.py --run "$output" --data "$data" --page "$output/results" --card "$output/adapter"
+python recipes/default/report.py --run "$output" --data "$data" --page "$output/results" --card "$output/adapter" \
+  --budget "$budget"
 echo "The adapter is in $output/adapter, the results in $output/results.md."
