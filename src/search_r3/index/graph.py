@@ -60,7 +60,6 @@ class GraphIndex:
         if first < len(vectors):
             self.graph.add(np.arange(first, len(vectors)), np.asarray(vectors[first:], dtype=np.float32))
         self.vectors, self.alive = vectors, None if alive is None or alive.all() else alive
-        return self
 
     def save(self, path: Path) -> None:
         """Write the graph; the caller renames it into place. Raises OSError."""
