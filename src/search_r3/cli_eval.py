@@ -115,9 +115,6 @@ def eval_(
     check_reports(output)
     if details:
         check_writable("--details", details)
-    names = [path.resolve().name for path in datasets]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"two data sets are named {min(twice)!r}; a report needs different names, so rename a folder")
     need_extras(chosen)
     needs_model = bool(set(chosen) - {"bm25", "minilm"})
     loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,20 @@ def load_collection(folder: str | Path, split: str = "test", limit: int | None =
     return Collection(root.resolve().name, documents, kept, {q.id: judgements[q.id] for q in kept}, skipped)
 
 
+def load_all(folders: Sequence[str | Path], split: str = "test", limit: int | None = None) -> list[Collection]:
+    """`load_collection` of each. Raises DataError for two of one name, too: results go by names."""
+    collections = [load_collection(folder, split, limit) for folder in folders]
+    names = [collection.name for collection in collections]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two data sets are named {twice[0]!r}; results go by these names, so rename a folder")
+    return collections
+
+
 def cut(collection: Collection, queries: int | None, documents: int | None) -> Collection:
     """The first queries, and the documents relevant to them, then the first others up to so many; None keeps all."""
     kept = collection.queries[:queries]
     judgements = {query.id: collection.judgements[query.id] for query in kept}
-    relevant = {name for judged in judgements.values() for name in judged}
+    relevant = {name for judged in judgements.values() for name, score in judged.items() if score > 0}
     ranked = collection.documents
     if documents is not None:
         ranked = sorted(ranked, key=lambda document: document.id not in relevant)  # stable

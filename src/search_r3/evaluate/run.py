@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from search_r3.evaluate.baselines import bm25, minilm
-from search_r3.evaluate.collection import Collection, load_collection
+from search_r3.evaluate.collection import Collection, load_all
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
 from search_r3.evaluate.gate import best, curve, signals
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
@@ -113,7 +113,7 @@ def evaluate(
     Raises DataError for a broken collection, before anything is encoded.
     """
     need_extras(modes)
-    collections = [load_collection(folder, split, limit) for folder in folders]
+    collections = load_all(folders, split, limit)
     results, kept = [], []
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)

@@ -65,10 +65,16 @@ def bootstrap(
     """
     ranking, size = how.samples > 1 or how.only_better, max(1, ROWS // how.samples)
     collection = cut(_drawn(load_collection(folder, split), limit, how.seed), None, documents)
+    rows = {document.id: row for row, document in enumerate(collection.documents)}
+    relevant = {
+        name: [rows[document] for document, score in judged.items() if score > 0 and document in rows]
+        for name, judged in collection.judgements.items()
+    }
+    if ranking:  # a query without a relevant document has no rank
+        collection = replace(collection, queries=[query for query in collection.queries if relevant[query.id]])
     done = _done(output)
     places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
-    rows = {document.id: row for row, document in enumerate(collection.documents)}
     if todo and ranking:
         stored = model.encode_documents(collection.documents, progress=progress)
     with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
@@ -96,11 +102,7 @@ def bootstrap(
             vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
             for number, query in enumerate(block):
                 mine = slice(number * how.samples, (number + 1) * how.samples)
-                judged = collection.judgements[query.id]
-                relevant = [rows[name] for name, score in judged.items() if score > 0 and name in rows]
-                if not relevant:
-                    continue
-                before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant)
+                before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant[query.id])
                 best = min(range(how.samples), key=lambda n: (not long[mine][n], ranks[n]))
                 kept = long[mine][best] and (ranks[best] < before or not how.only_better)
                 record = {"query_id": query.id, "thought": thoughts[mine][best] if kept else None}

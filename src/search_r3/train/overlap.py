@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from search_r3.evaluate.collection import load_collection
+from search_r3.evaluate.collection import load_all
 from search_r3.train.data import Example, key
 
 RUN = 13  # words
@@ -53,7 +53,7 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
             texts |= {(example.source, passage.id): passage.text for passage in (example.positive, *example.negatives)}
     by_role = {"positive": positives, "negative": negatives}
     known = {role: {key(texts[name]) for name in names} for role, names in by_role.items()}
-    collections = {folder.resolve().name: load_collection(folder, split) for folder in folders}
+    collections = {collection.name: collection for collection in load_all(folders, split)}
     result: dict[str, Overlap] = {}
     runs: dict[tuple[str, ...], set[tuple[str, str]]] = {}
     for name, collection in collections.items():

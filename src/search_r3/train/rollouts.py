@@ -120,7 +120,8 @@ class Rollouter:
         found = self._roll(chosen, step, 0)
         resampled = 0
         for attempt in range(1, self.recipe.guards.resample + 1):
-            flat = [n for n in range(len(chosen)) if not _spread(found.scored, n, self.recipe.group.samples)]
+            samples = self.recipe.group.samples
+            flat = [n for n in range(len(chosen)) if not has_spread(found.scored[n * samples : (n + 1) * samples])]
             replaced = sum(self.gather([len(flat)]))
             if not replaced:
                 break
@@ -130,7 +131,7 @@ class Rollouter:
             drawn = [pool[n] for n in rng.integers(0, len(pool), len(flat))]
             for place, name in zip(flat, drawn, strict=True):
                 chosen[place] = name
-            found = _merge(found, self._roll(drawn, step, attempt), flat, self.recipe.group.samples)
+            found = _merge(found, self._roll(drawn, step, attempt), flat, samples)
         scored = found.scored
         if self.recipe.reward.shuffle:
             order = np.random.default_rng([self.recipe.seed, step, self.rank]).permutation(len(scored))
@@ -160,8 +161,9 @@ class Rollouter:
         return Rollouts(episodes, outcomes, [self.scorer(e, o) for e, o in zip(episodes, outcomes, strict=True)])
 
 
-def _spread(scored: Sequence[Scored], group: int, samples: int) -> bool:
-    totals = [s.total for s in scored[group * samples : (group + 1) * samples] if s.total is not None]
+def has_spread(group: Sequence[Scored]) -> bool:
+    """Whether the rewards of a group differ, so that it has something to teach."""
+    totals = [scored.total for scored in group if scored.total is not None]
     return len(totals) > 1 and max(totals) - min(totals) > 1e-6
 
 

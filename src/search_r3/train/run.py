@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, str_to_bool
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from search_r3.errors import CheckpointError, TrainingError
-from search_r3.evaluate.collection import Collection, cut, load_collection
+from search_r3.evaluate.collection import Collection, cut, load_all
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json, write_text
 from search_r3.model.checkpoint import Manifest, Parent, initialise, load, quiet, resolve, save
@@ -220,7 +220,7 @@ class DevTest(TrainerCallback):
 
     def __init__(self, engine: Engine, dev: Dev, root: Path, before: Callable[[], None] = lambda: None):
         self.engine, self.dev, self.before = engine, dev, before
-        self.sets = [cut(load_collection(root / name), dev.queries, dev.documents) for name in dev.sets]
+        self.sets = [cut(found, dev.queries, dev.documents) for found in load_all([root / name for name in dev.sets])]
         self.log: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
