@@ -7,7 +7,7 @@ import pytest
 
 from search_r3.errors import DataError
 from search_r3.evaluate import run
-from search_r3.evaluate.collection import DEMO, load_collection
+from search_r3.evaluate.collection import DEMO, cut, load_collection
 from search_r3.evaluate.report import markdown, rich_tables
 from search_r3.evaluate.run import evaluate, summarise
 
@@ -122,6 +122,28 @@ def test_empty_documents_are_left_out_and_named(tmp_path):
     collection = load_collection(folder)
     assert [d.id for d in collection.documents] == ["a"]
     assert "corpus.jsonl:2" in collection.skipped[0]
+
+
+def test_a_cut_keeps_what_is_relevant_and_not_all_that_is_judged(small):
+    (small / "qrels" / "test.tsv").write_text("h\th\th\nq0\td9\t1\n" + "".join(f"q0\td{n}\t0\n" for n in range(8)))
+    assert [document.id for document in cut(load_collection(small), None, 3).documents] == ["d9", "d0", "d1"]
+
+
+def test_two_sets_of_one_name_are_refused(small, tmp_path):
+    other = shutil.copytree(small, tmp_path / "elsewhere" / "small")
+    with pytest.raises(DataError, match="two data sets are named 'small'"):
+        evaluate(None, [small, other], ["bm25"])
+
+
+def test_the_report_shows_the_difference_that_it_tests(model, small, tmp_path):
+    other = Path(shutil.copytree(small, tmp_path / "one"))
+    (other / "qrels" / "test.tsv").write_text("h\th\th\nq0\td11\t1\n")  # found by neither, one query against four
+    report = summarise(evaluate(model, [small, other], ["direct", "reason", "control-fixed"], max_new_tokens=4), model)
+    scores = [report["collections"][name]["modes"] for name in ("small", "one")]
+    gains = [modes["reason"]["nDCG@10"] - modes["direct"]["nDCG@10"] for modes in scores]
+    assert report["difference_per_query"]["reason"] == pytest.approx((4 * gains[0] + gains[1]) / 5)
+    assert 0 < report["summary"]["p_reason_vs_best_control"] <= 1
+    assert f"| reason | {report['difference_per_query']['reason']:+.3f} |" in markdown(report, "")
 
 
 def test_broken_collections_are_named(tmp_path, small):

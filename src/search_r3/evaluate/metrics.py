@@ -47,6 +47,7 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: i
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
+        batch=1000,  # or memory grows with resamples x queries
         rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)

@@ -18,7 +18,7 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from mteb.types import PromptType
 
 from search_r3 import __version__
-from search_r3.errors import DataError
+from search_r3.errors import DataError, first_line
 from search_r3.evaluate.collection import load_collection
 from search_r3.model.search_r3 import SearchR3
 from search_r3.records import Document
@@ -204,8 +204,7 @@ def run(
                 co2_tracker=False,
             )
         except (OSError, ConnectionError) as error:
-            reason_ = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"--mteb {task.metadata.name}: its data cannot be fetched ({reason_})") from error
+            raise DataError(f"--mteb {task.metadata.name}: its data cannot be fetched ({first_line(error)})") from error
         scores[task.metadata.name] = float(result.task_results[0].get_score())
     return scores
 

@@ -285,6 +285,7 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
         "model": None,
         "collections": {},
         "average": {m: {name: _mean([r.modes[m].scores[name] for r in results]) for name in METRICS} for m in modes},
+        "difference_per_query": {},
         "p_versus_direct": {},
     }
     if model is not None:
@@ -310,26 +311,29 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
                 for mode, outcome in result.modes.items()
             },
         }
-    if "direct" in modes:
-        pooled = {m: [v for r in results for v in r.modes[m].scores["nDCG@10"].values()] for m in modes}
-        others = [mode for mode in modes if mode != "direct"]
-        report["p_versus_direct"] = {mode: paired_p_value(pooled[mode], pooled["direct"]) for mode in others}
-    report["summary"] = _summary(report)
+    pooled = {m: [v for r in results for v in r.modes[m].scores["nDCG@10"].values()] for m in modes}
+    for mode in modes if "direct" in modes else []:
+        if mode != "direct":
+            report["difference_per_query"][mode] = float(np.subtract(pooled[mode], pooled["direct"]).mean())
+            report["p_versus_direct"][mode] = paired_p_value(pooled[mode], pooled["direct"])
+    report["summary"] = _summary(report, pooled)
     if "direct" in modes and "reason" in modes:
         report["gate"] = _gate(results)
         report["examples"] = _examples(results)
     return report
 
 
-def _summary(report: dict[str, Any]) -> dict[str, float]:
+def _summary(report: dict[str, Any], pooled: dict[Mode, list[float]]) -> dict[str, float]:
     """The figures that decide whether reasoning pays; those whose modes were not asked for are left out."""
     average = {mode: values["nDCG@10"] for mode, values in report["average"].items()}
     summary = {f"average_{mode.replace('-', '_')}": value for mode, value in average.items()}
     if "direct" in average and "reason" in average:
         summary["reason_minus_direct"] = average["reason"] - average["direct"]
         summary["p_reason_vs_direct"] = report["p_versus_direct"]["reason"]
-        if controls := [average[mode] for mode in CONTROLS if mode in average]:
-            summary["reason_minus_best_control"] = average["reason"] - max(controls)
+        if controls := [mode for mode in CONTROLS if mode in average]:
+            best_control = max(controls, key=lambda mode: average[mode])
+            summary["reason_minus_best_control"] = average["reason"] - average[best_control]
+            summary["p_reason_vs_best_control"] = paired_p_value(pooled["reason"], pooled[best_control])
     return summary
 
 
