@@ -133,6 +133,14 @@ def test_impossible_negatives_are_errors(root, negatives, message):
         load(recipe_for("sources=[{path: train, negatives: bad.jsonl}]"), root)
 
 
+def test_texts_that_differ_in_signs_are_two(root):
+    record = {"query": "are they equal", "positive": "a == b", "negative": "a != b"}
+    (root / "signs.jsonl").write_text(json.dumps(record) + "\n")
+    (((example,),), _) = load(recipe_for("sources=[{path: signs.jsonl}]"), root)
+    assert example.negatives[0].id not in example.relevant
+    assert example.relevant == {example.positive.id}
+
+
 def test_a_text_that_is_positive_and_negative_is_an_error(root):
     (root / "both.jsonl").write_text(json.dumps({"query": "a", "positive": "p", "negative": "p"}) + "\n")
     with pytest.raises(DataError, match=r"both\.jsonl:1: 'p' is both a positive and a negative"):
