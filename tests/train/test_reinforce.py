@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from search_r3 import SearchR3
 from search_r3.environment import Outcome, Relevant
@@ -307,7 +308,7 @@ def test_resuming_with_other_rewards_or_another_environment_is_refused(rl, root,
     with pytest.raises(TrainingError, match=r"environment\.policy was read_repair\+drift, is frozen"):
         run(rl(environment={"policy": "frozen"}), root, tmp_path / "run", resume=True)
     (tmp_path / "run" / "checkpoint-4" / ENVIRONMENT).write_bytes(b"damaged")
-    with pytest.raises(StoreError, match="resume from an older one"):
+    with pytest.raises(StoreError, match="go on from an older one"):
         run(rl(), root, tmp_path / "run", resume=True)
 
 
@@ -351,6 +352,15 @@ def test_an_empty_reasoning_is_a_rollout_like_any_other(rl, root, tmp_path, monk
     monkeypatch.setattr(RolloutPolicy, "sample", sample)
     run(rl(steps=2), root, tmp_path / "run")
     assert all(line["format_rate"] == 0 and np.isfinite(line["loss"]) for line in log(tmp_path / "run"))
+
+
+def test_out_of_memory_says_what_to_halve(rl, root, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Accelerator, "backward", full)
+    with pytest.raises(TrainingError, match=r"step 1; halve group\.micro \(now \d+\), or group\.decode_rows"):
+        run(rl(), root, tmp_path / "run")
 
 
 def test_a_guard_can_halve_the_rate(rl, root, tmp_path):

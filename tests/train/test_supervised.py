@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -284,10 +285,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(recipe, root, tm
         train(prepare(recipe, root), root, tmp_path / "run", progress=False, callbacks=[Spoil()])
 
 
-def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["_pass", "backward"])
+def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch, part):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(SupervisedTrainer, "_loss", full)
+    monkeypatch.setattr(Accelerator if part == "backward" else SupervisedTrainer, part, full)
     with pytest.raises(TrainingError, match=r"halve batch\.chunk_tokens \(now 256\)"):
         train(prepare(recipe, root), root, tmp_path / "run", progress=False)

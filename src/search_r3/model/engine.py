@@ -34,6 +34,7 @@ class Engine:
 
     dims: keep the first components of each vector; None keeps all.
     batch_tokens: upper bound of rows x longest tail in one forward pass; the default suits the device.
+    device: where the model will be when it is used; default, where it is.
     """
 
     def __init__(
@@ -45,14 +46,17 @@ class Engine:
         *,
         dims: int | None = None,
         batch_tokens: int | None = None,
+        device: torch.device | None = None,
     ):
         if embed_token_id == 0:
             raise ValueError("the embedding token must not have id 0, which pads batches")
         self.model, self.tokenizer, self.prompts, self.embed_token_id = model, tokenizer, prompts, embed_token_id
         self.dimension: int = dims or model.config.get_text_config().hidden_size
+        self.plain_tokenizer = _plain(tokenizer, embed_token_id)
+        """For users' texts, in which control tokens are ordinary characters."""
         model.set_attn_implementation(PACKED_ATTENTION)
         self.backbone = model.get_decoder()
-        self.device: torch.device = model.device
+        self.device: torch.device = device or model.device
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 32768)
         self._prefixes: dict[ActName, tuple[int, Prefix]] = {}
         self._fixed = {

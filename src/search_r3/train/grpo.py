@@ -27,7 +27,7 @@ from search_r3.model.reasoning import control_ids
 from search_r3.records import Reasoned, Status
 from search_r3.train.losses import anisotropy, info_nce
 from search_r3.train.rl_config import RLRecipe
-from search_r3.train.rollouts import Rollouter, RolloutPolicy, Rollouts, repeated
+from search_r3.train.rollouts import Rollouter, RolloutPolicy, Rollouts, has_spread, repeated
 from search_r3.train.step import Forward
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -130,7 +130,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         figures = {
             "reward_rank": _mean([s.rank for s in found.scored]),
             "reward_rank_spread": float(np.mean(spreads)),
-            "zero_spread": float(np.mean([spread < 1e-6 for spread in spreads])),
+            "zero_spread": float(np.mean([not has_spread(group) for group in groups])),
             "not_scorable": float(np.mean([s.total is None for s in found.scored])),
             "format_rate": _mean([s.format for s in found.scored]),
             "forced_rate": float(np.mean([e.reasoned.status is Status.FORCED for e in found.episodes])),
@@ -195,6 +195,18 @@ class RetrievalGRPOTrainer(GRPOTrainer):
 
         logps = rows(output.log_probs)
         return logps, torch.zeros_like(logps) if output.entropy is None else rows(output.entropy), vectors
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As TRL's: rollouts if due, forward and backward. Raises TrainingError where memory is too small."""
+        try:
+            step: Tensor = super().training_step(*args, **kwargs)
+            return step
+        except torch.OutOfMemoryError as error:
+            group = self.recipe.group
+            raise TrainingError(
+                f"out of memory in step {self.state.global_step + 1}; halve group.micro (now {group.micro}), or "
+                f"group.decode_rows (now {group.decode_rows}) if it is the writing that does not fit"
+            ) from error
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 

@@ -166,8 +166,8 @@ def train(
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     model.generation_config.eos_token_id = sorted({*ends, manifest.embed_token_id})
-    engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id)
-    engine.device = settings.device  # the trainer moves the model there, whole or in shards
+    # The trainer moves the model to its device, whole or in shards.
+    engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id, device=settings.device)
     model.train()
     group, dtype = recipe.group, torch.bfloat16 if recipe.rollout_precision == "bfloat16" else torch.float32
     policy = RolloutPolicy(engine, dtype, group.document_tokens, group.decode_rows)
@@ -302,7 +302,7 @@ def load_environment(environment: RetrievalEnvironment, path: Path) -> None:
             state = json.loads(file.metadata()["state"]) | {n: file.get_tensor(n) for n in ("vectors", "encoded")}
     except Exception as error:
         raise StoreError(
-            f"{path}: not a readable state of an environment ({error}); resume from an older one"
+            f"{path}: not a readable state of an environment ({error}); remove {path.parent} to go on from an older one"
         ) from error
     environment.load_state_dict(state)
 

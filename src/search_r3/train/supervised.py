@@ -95,7 +95,8 @@ def train(
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output)
     torch.manual_seed(recipe.seed)
-    engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id)
+    # The trainer moves the model to its device, whole or in shards.
+    engine = Engine(model, tokenizer, manifest.prompts, manifest.embed_token_id, device=arguments.device)
     trained: Any = model.train()
     reference = None
     if recipe.lora is not None:
@@ -103,7 +104,6 @@ def train(
         lighten(trained, recipe.precision)
     elif recipe.loss.kl:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-    engine.device = arguments.device  # the trainer moves the model there, whole or in shards
     if reference is not None:
         reference.to(arguments.device)
     batch = recipe.batch

@@ -38,6 +38,17 @@ class SupervisedTrainer(Trainer):
         self._terms: dict[str, list[float]] = {}
         self._clock = time.perf_counter()
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's, forward and backward. Raises TrainingError for both where memory is too small."""
+        try:
+            step: Tensor = super().training_step(*args, **kwargs)
+            return step
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory in step {self.state.global_step + 1}; halve batch.chunk_tokens "
+                f"(now {self.recipe.batch.chunk_tokens}), which changes no result"
+            ) from error
+
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
@@ -47,15 +58,6 @@ class SupervisedTrainer(Trainer):
         Trainer's own backward pass ends the step and, where there are several processes, synchronises them.
         """
         batch: StepBatch = inputs["batch"]
-        try:
-            return self._loss(model, batch)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory in step {self.state.global_step + 1}; halve batch.chunk_tokens "
-                f"(now {self.recipe.batch.chunk_tokens}), which changes no result"
-            ) from error
-
-    def _loss(self, model: torch.nn.Module, batch: StepBatch) -> Tensor:
         parts = self._even(chunks(batch.turns, self.recipe.batch.chunk_tokens))
         world = self.accelerator.num_processes
         # Every process averages over the learned tokens of all; distributed training then averages the gradients.
@@ -63,7 +65,7 @@ class SupervisedTrainer(Trainer):
         plain = self._sum(sum(turn.targets - 1 for turn in batch.turns if turn.targets))
         outputs: list[ChunkOutput] = []
         for number, part in enumerate(parts):  # with one chunk this pass already carries the gradient
-            with torch.set_grad_enabled(len(parts) == 1), self.compute_loss_context_manager():
+            with torch.set_grad_enabled(len(parts) == 1):
                 outputs.append(self._pass(model, batch, part))
             if len(parts) > 1:
                 outputs[number] = ChunkOutput(outputs[number].vectors, outputs[number].logits[:0], learned.new_empty(0))
@@ -84,8 +86,7 @@ class SupervisedTrainer(Trainer):
             for number, part in enumerate(parts):
                 last = number + 1 == len(parts)
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        output = self._pass(model, batch, part)
+                    output = self._pass(model, batch, part)
                     language = self._language(model, batch, part, output, learned, plain, terms)
                     loss = (output.vectors * gradient[part]).sum() + world * language
                     total = total + world * language.detach()
@@ -158,7 +159,7 @@ class SupervisedTrainer(Trainer):
             terms["sft"] = terms.get("sft", 0) + self.accelerator.num_processes * nll.detach()
         spoken = output.targets != self.engine.embed_token_id  # the base has never been taught the embedding token
         if weights.kl and (spoken.any() or self.sharded):
-            with torch.no_grad(), self._base(model) as base, self.compute_loss_context_manager():
+            with torch.no_grad(), self._base(model) as base, self.accelerator.autocast():
                 expected = self._pass(base, batch, [n for n in part if batch.turns[n].targets]).logits
             if spoken.any():
                 kl = kl_to_base(expected[spoken], output.logits[spoken]) * (spoken.sum() / plain)
