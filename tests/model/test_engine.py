@@ -1,13 +1,18 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError, DataError
 from search_r3.model.checkpoint import initialise
 from search_r3.model.embedding import embed
+from search_r3.model.prompts import SystemPrompts
+from search_r3.model.reasoning import control_ids
 from tests.conftest import TEXTS, build_base
 
 
@@ -105,6 +110,24 @@ def test_any_text_embeds_or_is_refused(model, text):
     else:
         with pytest.raises(DataError, match="text number 1 is empty"):
             model.encode_documents([text])
+
+
+def test_control_tokens_that_are_not_called_special_stay_text_too(tmp_path, base_folder):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<think>", "[E]", "tarball"])
+    tokenizer.save_pretrained(base)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    network.resize_token_embeddings(len(tokenizer))
+    network.save_pretrained(base)
+    engine = SearchR3.from_pretrained(base, embed_token="[E]", prompts=SystemPrompts()).engine
+    thinking, token, word = tokenizer.convert_tokens_to_ids(["<think>", "[E]", "tarball"])
+    assert engine.embed_token_id == token
+    assert engine._control_ids("<think>") == [thinking]
+    (ids,) = engine.plain_ids(["a <think> b [E] c"])
+    assert not {thinking, token} & set(ids)
+    assert word in engine.plain_ids(["a tarball"])[0]
+    assert thinking not in control_ids(engine)  # a model may think aloud
 
 
 def test_a_very_long_text_is_cut_not_refused(model):

@@ -7,6 +7,8 @@ the tail is the user's text (control tokens disabled), the act's suffix, anythin
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -75,7 +77,7 @@ class Engine:
         for number, text in enumerate(stripped, 1):
             if not _is_utf8(text):
                 raise DataError(f"text number {number} is not UTF-8; convert it")
-        return list(self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(self.plain_tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def prefix_ids(self, act: ActName) -> list[int]:
         """Tokens before the user's text."""
@@ -177,6 +179,23 @@ class Engine:
                 self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
                 cached = self._prefixes[act] = (version, take_prefix(cache))
         return cached[1]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, embed_token_id: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy. It splits what it calls special; some models do not call all control tokens so, such as
+    Qwen3's `<think>`, and nobody may have called another project's embedding token so. In the copy all of them are."""
+    from tokenizers import AddedToken
+
+    bare = [
+        token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if not token.special and (number == embed_token_id or re.fullmatch(r"<.+>|\[.+\]", token.content))
+    ]
+    if not bare:
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.add_tokens([AddedToken(text, normalized=False, special=True) for text in bare], special_tokens=True)
+    return plain
 
 
 def _is_utf8(text: str) -> bool:

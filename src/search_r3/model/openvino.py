@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search_r3.errors import CheckpointError, DataError
+from search_r3.errors import CheckpointError, DataError, first_line
 from search_r3.extras import need
 from search_r3.files import new_folder, write_json, write_text
 
@@ -51,7 +51,7 @@ def write(model: SearchR3, folder: Path) -> None:
             shapes = [openvino.PartialShape([-1, -1]), openvino.PartialShape([-1])]
             graph = openvino.convert_model(act, example_input=example, input=shapes)
     except Exception as error:  # many kinds, of OpenVINO's and of tracing
-        raise CheckpointError(f"{model.source}: OpenVINO cannot convert it ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{model.source}: OpenVINO cannot convert it ({first_line(error)})") from error
     finally:
         engine.model.set_attn_implementation(NAME)
     settings = {
@@ -64,7 +64,7 @@ def write(model: SearchR3, folder: Path) -> None:
     }
     with new_folder(folder) as temporary:
         openvino.save_model(graph, temporary / GRAPH, compress_to_fp16=True)
-        engine.tokenizer.backend_tokenizer.save(str(temporary / TOKENIZER))
+        engine.plain_tokenizer.backend_tokenizer.save(str(temporary / TOKENIZER))
         write_json(temporary / SETTINGS, settings)
         write_text(temporary / "README.md", _card(model))
 
@@ -122,9 +122,8 @@ class OpenVinoEncoder:
         except CheckpointError:
             raise
         except Exception as error:  # OpenVINO and tokenizers raise bare ones
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{place}: not a folder of `search-r3 export --format openvino` ({reason})"
+                f"{place}: not a folder of `search-r3 export --format openvino` ({first_line(error)})"
             ) from error
         self._tokenizer.encode_special_tokens = True  # control tokens in a text are plain characters
         self.batch_tokens = batch_tokens
