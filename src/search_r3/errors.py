@@ -4,6 +4,12 @@ The command line prints them as one line and exits with status 2; anything else 
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type's name where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 class SearchR3Error(Exception):
     """Base of every error that the user, not a programmer, can mend."""
 

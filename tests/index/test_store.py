@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from search_r3.errors import StoreError
+from search_r3.errors import DataError, StoreError
 from search_r3.index.store import Store, StoreManifest
 from search_r3.records import Document
 
@@ -57,6 +58,13 @@ def test_filters_tell_true_from_one_and_from_text(store):
     assert np.flatnonzero(store.matching({"flag": [True, "true"]})).tolist() == [0, 2]
 
 
+def test_a_filter_that_no_metadata_can_equal_is_an_error(store):
+    put(store, "a", "b")
+    assert store.matching({"n": ("a", "b")}).all()
+    with pytest.raises(DataError, match=r"where: field 'n': \{'a': 1\} is not a text"):
+        store.matching({"n": {"a": 1}})
+
+
 def test_metadata_that_is_not_json_is_refused_and_nothing_stored(store):
     with pytest.raises(StoreError, match="'x': metadata cannot be stored"):
         store.put([Document("x", "text", metadata={"n": float("inf")})], [(0, 0, 4)], np.ones((1, WIDTH), np.float32))
@@ -78,11 +86,12 @@ def test_the_number_of_documents_follows_other_writers(store):
 
 def test_what_was_derived_from_other_content_is_removed(store):
     put(store, "a")
-    for generation in range(3):  # a newer one is left where an older copy of the folder was put back
-        (store.folder / f"graph-{generation}").touch()
-    assert store.generation == 1
-    assert store.derived("graph").exists()
-    (store.folder / "graph-1").unlink()
+    present = store.folder / f"graph-{store.generation}"
+    for path in (store.folder / "graph-1", present):
+        path.touch()
+    assert store.derived("graph") == present
+    assert present.exists()
+    present.unlink()
     assert not store.derived("graph").exists()
     assert not list(store.folder.glob("graph-*"))
 
@@ -222,6 +231,50 @@ def test_opening_while_another_process_compacts(store, monkeypatch, moment):
         assert done
         assert sorted(reader.ids()) == ["b", "c"]
         assert reader.vectors[reader.alive].sum() == WIDTH * 3
+
+
+def test_a_look_that_fails_is_taken_again(store, monkeypatch):
+    for n, name in enumerate("abc"):
+        put(store, name, value=float(n))
+    with Store.open(store.folder) as reader:
+        store.delete(["a"])
+        store.compact()
+
+        def full(self):
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(Store, "_map", full)
+        with pytest.raises(StoreError, match="Too many open files"), reader.reading():
+            pass
+        monkeypatch.undo()
+        with reader.reading():
+            assert reader.vectors[:, 0].tolist() == [1.0, 2.0]
+            assert reader.alive.tolist() == [True, True]
+
+
+def test_what_was_derived_before_a_backup_was_restored_is_not_used(store, tmp_path):
+    put(store, "a")
+    backup = shutil.copytree(store.folder, tmp_path / "backup")
+    put(store, "b")
+    store.derived("bm25").touch()
+    store.close()
+    shutil.copytree(backup, store.folder, dirs_exist_ok=True)
+    with Store.open(store.folder) as again:
+        put(again, "c")
+        assert not again.derived("bm25").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("database is locked", "another program holds it"),
+        ("attempt to write a readonly database", "give this user the right to write"),
+        ("database disk image is malformed", "restore it, or index again"),
+    ],
+)
+def test_what_sqlite_says_gets_its_own_advice(store, said, advice):
+    with pytest.raises(StoreError, match=f"{said}; what was stored before is kept; {advice}"), store._errors():
+        raise sqlite3.OperationalError(said)
 
 
 def test_a_failed_compaction_leaves_nothing(store, monkeypatch):

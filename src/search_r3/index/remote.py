@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from search_r3.errors import StoreError
+from search_r3.errors import StoreError, first_line
 from search_r3.extras import need
 from search_r3.files import write_json
 from search_r3.index.store import Store
@@ -38,7 +38,7 @@ def connect(url: str) -> Any:
         client.get_collections()
         return client
     except Exception as error:
-        raise StoreError(f"{url}: no Qdrant answers there ({_line(error)})") from error
+        raise StoreError(f"{url}: no Qdrant answers there ({first_line(error)})") from error
 
 
 def follower(url: str, quantise: Quantisation | None = None) -> Callable[[Store], RemoteIndex]:
@@ -180,7 +180,7 @@ class RemoteIndex:
         except (StoreError, OSError):
             raise
         except Exception as error:  # a client's errors are of a dozen unrelated types
-            raise StoreError(f"Qdrant collection {self.collection}: {_line(error)}") from error
+            raise StoreError(f"Qdrant collection {self.collection}: {first_line(error)}") from error
 
 
 def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -199,8 +199,3 @@ def _match(value: Any) -> Any:
 def _key(name: str) -> str:
     """Qdrant reads dots as levels; quotes keep a name whole."""
     return f'"{name}"' if not name.isidentifier() else name
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 import zlib
@@ -28,7 +29,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search_r3.errors import StoreError
+from search_r3.errors import DataError, StoreError
 from search_r3.files import new_folder, write_text
 from search_r3.passages import Splitting
 from search_r3.records import Document
@@ -44,6 +45,15 @@ CREATE INDEX passages_by_document ON passages (document);
 CREATE TABLE blocks (first INTEGER PRIMARY KEY, rows INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE state (file TEXT NOT NULL, rows INTEGER NOT NULL, generation INTEGER NOT NULL);
 """
+
+
+_ADVICE = {  # by a part of SQLite's message
+    "full": "free some space and run again",
+    "locked": "another program holds it; end that and run again",
+    "readonly": "give this user the right to write there: readers take locks, too",
+    "unable to open": "give this user the right to write there: readers take locks, too",
+}
+_DAMAGED = "restore it, or index again into a new folder"
 
 
 class StoreManifest(BaseModel):
@@ -191,7 +201,8 @@ class Store:
             state = self._db.execute("SELECT file, rows, generation FROM state").fetchone()
             if state is None or (verify and self._lost_records()):
                 raise StoreError(f"{self.folder}/records.sqlite: records are missing; index again into a new folder")
-            file, self.rows, self.generation = state
+            file, self.rows, generation = state
+            self.generation = -1  # what fails half-way is done again before anything is read
             self._path = self.folder / file
             size = self._path.stat().st_size if self._path.exists() else -1
             if size < self.rows * self._stride:
@@ -205,6 +216,7 @@ class Store:
             self.alive = np.zeros(self.rows, dtype=bool)
             alive = self._db.execute("SELECT row FROM passages WHERE row < ?", (self.rows,))
             self.alive[np.fromiter((row for (row,) in alive), dtype=np.int64)] = True
+            self.generation = generation
 
     def _lost_records(self) -> int:
         """Documents without a passage and passages without a document: every document has at least one."""
@@ -317,13 +329,17 @@ class Store:
                 yield record[0], _passage(record)
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
-        """(rows,) bool: passages whose document's metadata has these values; a list of values accepts any of them."""
+        """(rows,) bool: passages whose document's metadata has these values; a list of values accepts any of them.
+
+        Raises DataError for a value that no metadata field can equal.
+        """
         found = self.alive.copy()
         for key, wanted in where.items():
-            values = [
-                json.dumps(value).encode() if isinstance(value, bool) else value
-                for value in (wanted if isinstance(wanted, list) else [wanted])
-            ]  # SQLite reads true as 1, which is another value; bytes equal no text
+            asked = wanted if isinstance(wanted, list | tuple) else [wanted]
+            if bad := [value for value in asked if not isinstance(value, str | int | float | None)]:
+                raise DataError(f"where: field {key!r}: {bad[0]!r} is not a text, a number, true, false or null")
+            # SQLite reads true as 1, which is another value; bytes equal no text
+            values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
             with self._errors():
                 rows = self._db.execute(
                     "SELECT row FROM passages JOIN documents ON documents.id = document, json_each(metadata) AS field "
@@ -393,8 +409,9 @@ class Store:
                 )
                 if len(block):
                     self._db.execute("INSERT INTO blocks VALUES (?, ?, ?)", (first, len(block), zlib.crc32(block.data)))
-                self._db.execute("UPDATE state SET rows = ?, generation = generation + 1", (first + len(block),))
-            self.rows, self.generation = first + len(block), self.generation + 1
+                generation = _next()
+                self._db.execute("UPDATE state SET rows = ?, generation = ?", (first + len(block), generation))
+            self.rows, self.generation = first + len(block), generation
             self.alive = np.append(self.alive, np.ones(len(block), dtype=bool))
             self.alive[dead] = False
             self._map()
@@ -411,8 +428,9 @@ class Store:
             before = len(self)
             with self._transaction():
                 dead = self._forget(ids)
-                self._db.execute("UPDATE state SET generation = generation + ?", (bool(dead),))
-            self.generation += bool(dead)  # nothing removed: what was derived is still good
+                generation = _next() if dead else self.generation  # nothing removed: what was derived is still good
+                self._db.execute("UPDATE state SET generation = ?", (generation,))
+            self.generation = generation
             self.alive[dead] = False
             return before - len(self)
 
@@ -420,7 +438,8 @@ class Store:
         """Rewrite the vectors without dead rows."""
         with self.writing(), self._errors():
             rows = np.flatnonzero(self.alive)
-            new = self.folder / f"vectors-{self.generation + 1}.bin"
+            generation = _next()
+            new = self.folder / f"vectors-{generation}.bin"
             blocks = []
             try:
                 with new.open("wb") as file:
@@ -441,7 +460,7 @@ class Store:
                 self._db.execute("DELETE FROM blocks")
                 self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
                 self._db.execute(
-                    "UPDATE state SET file = ?, rows = ?, generation = generation + 1", (new.name, len(rows))
+                    "UPDATE state SET file = ?, rows = ?, generation = ?", (new.name, len(rows), generation)
                 )
             self.refresh()
             for old in self.folder.glob("vectors-*.bin"):  # the last one, and what a killed compaction left
@@ -494,9 +513,7 @@ class Store:
             yield
         except sqlite3.DatabaseError as error:
             text = str(error)
-            advice = (
-                "free some space and run again" if "full" in text else "restore it, or index again into a new folder"
-            )
+            advice = next((advice for sign, advice in _ADVICE.items() if sign in text), _DAMAGED)
             raise StoreError(
                 f"{self.folder}/records.sqlite: {text}; what was stored before is kept; {advice}"
             ) from error
@@ -505,6 +522,11 @@ class Store:
                 f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "
                 "mend this and run again"
             ) from error
+
+
+def _next() -> int:
+    """A number for the next state that none had, not even one that a restored backup has undone."""
+    return secrets.randbits(48)
 
 
 def _passage(record: tuple[Any, ...]) -> Passage:
