@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from search_r3 import Document, Retriever, cli
+from search_r3 import Document, Retriever, cli, distributed
 from search_r3.errors import CheckpointError
 from tests.conftest import TEXTS
 
@@ -52,6 +52,12 @@ def test_an_index_of_many_workers_equals_one_of_ours(cluster, model, checkpoint,
         local.add([Document(f"d{n}", text) for n, text in enumerate(MANY)])
         for ours, theirs in zip(local.search_many(TEXTS, 5), other.search_many(TEXTS, 5), strict=True):
             assert [hit.id for hit in ours.hits] == [hit.id for hit in theirs.hits]
+
+
+def test_machines_with_different_models_are_refused(cluster, checkpoint, monkeypatch):
+    monkeypatch.setattr(distributed._Worker, "fingerprint", lambda self: str(id(self)))
+    with pytest.raises(CheckpointError, match="is not the same model on all machines"):
+        RayEncoder(str(checkpoint), workers=2)
 
 
 def test_a_model_that_no_worker_can_load(cluster, tmp_path):

@@ -162,6 +162,23 @@ def test_long_documents_are_split_and_hits_merge(model, tmp_path):
         assert len(hit.text) < len(long.text)
 
 
+def test_passages_longer_than_what_is_read_of_them_are_refused(model, tmp_path):
+    with pytest.raises(DataError, match="passages of 600 tokens, of which 512 are read"):
+        Retriever.create(tmp_path / "index", model, splitting=Splitting(600, 0))
+    assert not (tmp_path / "index").exists()
+    with Retriever.create(tmp_path / "index", model, splitting=Splitting(600, 0), max_tokens=600) as retriever:
+        assert retriever.store.manifest.max_tokens == 600
+
+
+def test_deleted_rows_do_not_pile_up(model, tmp_path):
+    with Retriever.create(tmp_path / "index", model) as retriever:
+        documents = [Document(str(n), f"text {n}") for n in range(1200)]
+        vectors = np.eye(len(documents), model.dimension, dtype=np.float32)
+        retriever.commit(retriever.plan(documents), vectors)
+        assert retriever.delete([str(n) for n in range(700)]) == 700
+        assert retriever.store.rows == len(retriever.store) == 500
+
+
 def test_many_passages_do_not_crowd_out_documents(model, tmp_path):
     with Retriever.create(tmp_path / "index", model, splitting=Splitting(4, 0)) as retriever:
         retriever.add([Document("big", "tar packs files " * 60), *DOCUMENTS])

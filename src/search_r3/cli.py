@@ -111,7 +111,7 @@ def index(
     device: Device = None,
     dims: Dims = None,
     passage_tokens: Annotated[
-        int | None, typer.Option(help="Split documents at this length (default 256); 0: do not split.", min=0)
+        int | None, typer.Option(help="Split documents at this length (default 256); 0: do not split, only cut.", min=0)
     ] = None,
     passage_overlap: Annotated[
         int | None, typer.Option(help="Tokens a passage repeats from the one before (default 32).", min=0)

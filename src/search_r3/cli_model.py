@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from search_r3.cli_common import Checkpoint, Json, Precision, load_model, out, print_json
-from search_r3.errors import SearchR3Error
+from search_r3.errors import SearchR3Error, first_line
 from search_r3.extras import EXTRAS, installed, need
 
 
@@ -141,9 +141,8 @@ def export(
             HfApi().create_repo(push, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=push, folder_path=folder)
         except Exception as error:  # the hub raises a dozen unrelated types
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{folder} is written, but was not uploaded to {push}: {reason}; upload it later with: "
+                f"{folder} is written, but was not uploaded to {push}: {first_line(error)}; upload it later with: "
                 f"hf upload --private {push} {folder} (log in before: hf auth login)"
             ) from error
     report = {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.rglob("*")), "pushed": push}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from search_r3.errors import DataError, EmptyTextError
+from search_r3.errors import DataError, EmptyTextError, first_line
 from search_r3.extras import need
 from search_r3.files import given_path
 from search_r3.records import Document, Query
@@ -305,7 +305,7 @@ def _parquet(path: Path) -> Iterator[Located]:
     except DataError:
         raise
     except Exception as error:  # pyarrow and datasets raise their own types
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _hub(source: str) -> Iterator[Located]:
@@ -318,4 +318,4 @@ def _hub(source: str) -> Iterator[Located]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{source}: cannot be read ({str(error).splitlines()[0]}); is there a network?") from error
+        raise DataError(f"{source}: cannot be read ({first_line(error)}); is there a network?") from error

@@ -6,6 +6,7 @@ started again and its part is done once more, so nothing is lost and nothing is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,16 +36,24 @@ class RayEncoder:
             ray.init(log_to_driver=False, include_dashboard=False)
         cluster = ray.cluster_resources()
         gpus = int(cluster.get("GPU", 0))
-        count = workers or gpus or max(1, int(cluster.get("CPU", 1)))
+        there = gpus or max(1, int(cluster.get("CPU", 1)))
+        count = workers or there
+        if count > there and self._mine and "RAY_ADDRESS" not in os.environ:  # unlike a machine, a cluster may grow
+            ray.shutdown()
+            raise CheckpointError(f"{count} workers, but {there} {'GPUs' if gpus else 'cores'} here; take no more")
         kind = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
         self.workers = [kind.remote(checkpoint, None if gpus else 1, options) for _ in range(count)]
         try:
-            self.fingerprint: str = ray.get([worker.fingerprint.remote() for worker in self.workers])[0]
+            found = set(ray.get([worker.fingerprint.remote() for worker in self.workers]))
         except ray.exceptions.RayError as error:
             self.close()
             raise CheckpointError(
-                f"a worker cannot load {checkpoint}: {str(error).strip().splitlines()[-1]}"
+                f"a worker cannot load {checkpoint}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
             ) from error
+        if len(found) > 1:
+            self.close()
+            raise CheckpointError(f"{checkpoint} is not the same model on all machines of the cluster; copy it to each")
+        self.fingerprint: str = found.pop()
 
     def __call__(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
         """(N, D) float32 vectors of turns of the embed act, in their order."""

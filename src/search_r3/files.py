@@ -48,7 +48,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not. Its files
+    are on the disk before: a power cut does not leave a folder of which parts are missing.
 
     Raises FileExistsError if `path` exists and is not an empty folder.
     """
@@ -59,6 +60,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         os.chmod(temporary, 0o755)
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

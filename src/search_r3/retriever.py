@@ -91,8 +91,8 @@ class Retriever:
             raise StoreError(
                 f"{store.folder}: written by checkpoint {store.manifest.checkpoint} "
                 f"({store.manifest.fingerprint[:12]}, {store.manifest.dimension} dimensions), but the model is "
-                f"{model.source} ({model.fingerprint[:12]}, {model.dimension}); search with that checkpoint, or index "
-                "again into a new folder"
+                f"{model.source} ({model.fingerprint[:12]}, {model.dimension}), another even if of its name; search "
+                "with the one that wrote it, or index again into a new folder"
             )
         self.model, self.store, self.kind = model, store, kind
         self._index: tuple[int, Index] | None = None
@@ -111,8 +111,17 @@ class Retriever:
         dtype: Literal["float32", "float16"] = "float32",
         kind: IndexKind = "exact",
     ) -> Retriever:
-        """A new, empty index. max_tokens: cut passages at this length; default: the checkpoint's."""
+        """A new, empty index. max_tokens: cut passages at this length; default: the checkpoint's.
+
+        Raises StoreError if the folder holds something, DataError for passages longer than what is read of them.
+        """
         splitting = splitting or Splitting()
+        max_tokens = max_tokens or model.manifest.max_tokens.document
+        if splitting.tokens > max_tokens:
+            raise DataError(
+                f"passages of {splitting.tokens} tokens, of which {max_tokens} are read: the rest of each could not be "
+                f"found; take at most {max_tokens} (--passage-tokens)"
+            )
         local = model.source not in ("default", "base") and Path(model.source).is_dir()
         manifest = StoreManifest(
             # A folder is found again from wherever the index is used.
@@ -122,7 +131,7 @@ class Retriever:
             dtype=dtype,
             passage_tokens=splitting.tokens,
             passage_overlap=splitting.overlap,
-            max_tokens=max_tokens or model.manifest.max_tokens.document,
+            max_tokens=max_tokens,
         )
         return cls(model, Store.create(Path(folder), manifest), kind)
 
@@ -229,7 +238,7 @@ class Retriever:
         for number, document in enumerate(new):
             if not document.content.strip():
                 raise DataError(f"document {document.id!r} is empty; remove it or fill it")
-            for start, end in split(document, self.model.engine.tokenizer, self.store.manifest.splitting):
+            for start, end in split(document, self.model.engine.plain_tokenizer, self.store.manifest.splitting):
                 ranges.append((number, start, end))
                 texts.append(Passage(document, start, end).content)
         tails = self.model.engine.tails(texts, "embed", self.store.manifest.max_tokens)
@@ -238,6 +247,9 @@ class Retriever:
     def commit(self, plan: Plan, vectors: np.ndarray) -> None:
         """Store what was planned, in one step. vectors: (len(plan.tails), D) float32. Dead rows do not pile up."""
         self.store.put(plan.documents, plan.ranges, vectors)
+        self._tidy()
+
+    def _tidy(self) -> None:
         if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
             self.store.compact()
 
@@ -245,8 +257,11 @@ class Retriever:
         return self.model.engine.encode(tails, "embed")
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove documents; unknown ids are ignored. Returns how many were removed."""
-        return self.store.delete(ids)
+        """Remove documents; unknown ids are ignored. Returns how many were removed. Dead rows do not pile up."""
+        with self.store.writing():
+            removed = self.store.delete(ids)
+            self._tidy()
+        return removed
 
     def index(self) -> Index:
         """The search structure over the store's present content; a graph is built when it is first needed."""

@@ -24,6 +24,13 @@ def test_nothing_to_index_finds_nothing(texts):
     assert LexicalIndex.build(texts, range(len(texts))).search(["cat"], 2)[1].tolist() == [[-1, -1]]
 
 
+def test_of_a_very_long_query_the_beginning_is_read():
+    index = LexicalIndex.build(["apple tree", "river stone"], [0, 1])
+    query = "apple " * 2000 + "river"
+    assert index.search([query], 2)[1].tolist() == [[0, -1]]
+    assert index.coverage(query, 2)[1] == 0
+
+
 def test_damaged_folder(tmp_path):
     with pytest.raises(StoreError, match="delete it, and it will be rebuilt"):
         LexicalIndex.load(tmp_path)

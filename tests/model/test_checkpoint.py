@@ -198,6 +198,12 @@ def test_default_is_the_base_with_the_shipped_adapter_merged_once(base_folder, t
     np.testing.assert_allclose(trained.encode_documents(TEXTS), expected, atol=1e-5)
     assert np.abs(expected - plain).max() > 1e-2
     assert trained.manifest.parent.source == "base"
+    (kept,) = (tmp_path / "home" / "models").glob(f"{default.TRAINED_NAME}-*")
+    whole = (kept / "config.json").read_text()
+    (kept / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"config.json: content .*; delete {kept}, which is made anew"):
+        SearchR3.from_pretrained("default")
+    (kept / "config.json").write_text(whole)
     assert trained.fingerprint != SearchR3.from_pretrained("base").fingerprint
     monkeypatch.setattr(default, "load_default_base", None)  # neither is made again
     assert SearchR3.from_pretrained("default").fingerprint == trained.fingerprint
@@ -231,6 +237,7 @@ def test_manifest_says_where_a_checkpoint_came_from(checkpoint, base_folder):
     assert manifest.embed_token == EMBED_TOKEN
     assert set(manifest.files) == {"config.json", "model.safetensors", "tokenizer.json"}
     assert set(manifest.versions) == {"search-r3", "transformers", "torch"}
+    assert "transformers_version" not in json.loads((checkpoint / "config.json").read_text())  # it would be hashed
 
 
 def test_changed_weights_change_the_fingerprint(checkpoint, tmp_path, model):

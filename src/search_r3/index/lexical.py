@@ -13,6 +13,7 @@ import numpy as np
 
 from search_r3.errors import StoreError
 
+QUERY_CHARACTERS = 8000  # of a query that are read: time grows with its words, and the model reads fewer still
 LEXICAL_WEIGHT = 0.5  # of `coverage` beside the cosine; how it was chosen stands in docs/evaluation.md
 
 
@@ -59,7 +60,8 @@ class LexicalIndex:
         wanted = min(k, len(self._rows))
         if not wanted or self._retriever is None:
             return scores, rows
-        found, values = self._retriever.retrieve(_tokenise(list(queries)), k=wanted, show_progress=False)
+        tokens = _tokenise([query[:QUERY_CHARACTERS] for query in queries])
+        found, values = self._retriever.retrieve(tokens, k=wanted, show_progress=False)
         positive = values > 0
         scores[:, :wanted] = np.where(positive, values, -np.inf)
         rows[:, :wanted] = np.where(positive, self._rows[found], -1)
@@ -77,7 +79,7 @@ class LexicalIndex:
         [0.51, 0.11]
         """
         found = np.zeros(rows, dtype=np.float32)
-        words = [word for word in _tokenise([query], return_ids=False)[0] if word]
+        words = [word for word in _tokenise([query[:QUERY_CHARACTERS]], return_ids=False)[0] if word]
         if self._retriever is None or not words:
             return found
         ids = self._retriever.get_tokens_ids(words)

@@ -21,8 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from search_r3.errors import CheckpointError
-from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_text
+from search_r3.errors import CheckpointError, first_line
+from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_json, write_text
 from search_r3.model.prompts import Prompts, SystemPrompts, read_prompts, render_prompts
 
 if TYPE_CHECKING:
@@ -143,9 +143,8 @@ def resolve(source: str | Path) -> Path:
         allowed = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(str(source), allow_patterns=allowed))
     except Exception as error:  # the hub raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{source}: no such folder, and it cannot be fetched from the model hub ({reason})"
+            f"{source}: no such folder, and it cannot be fetched from the model hub ({first_line(error)})"
         ) from error
 
 
@@ -153,7 +152,7 @@ def _prepared_default() -> Path:
     """The base with our adapter merged in, made once and kept in the cache."""
     from search_r3.model.default import ADAPTER, TRAINED_NAME
 
-    made_of = [ADAPTER / "adapter_model.safetensors", ADAPTER / PROMPTS]
+    made_of = [ADAPTER / "adapter_model.safetensors", ADAPTER / "adapter_config.json", ADAPTER / PROMPTS]
     digest = _digest([sha256_file(path) for path in made_of if path.exists()])
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
@@ -243,6 +242,9 @@ def save(
                 model.save_pretrained(temporary)
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(f"weights cannot be written: {error}") from error
+            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+            config.pop("transformers_version", None)  # the same model is the same files, whichever version wrote them
+            write_json(temporary / "config.json", config)
             tokenizer.save_pretrained(temporary)
         manifest = describe(temporary, model, tokenizer, prompts, embed_token, max_tokens or MaxTokens(), parent)
         write_text(temporary / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
@@ -339,14 +341,15 @@ def load(
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
+    ours = folder.is_relative_to(cache_home())
+    advice = f"delete {folder}, which is made anew" if ours else "restore or download the folder again"
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing, though {MANIFEST} lists it; restore or download the folder again")
+            raise CheckpointError(f"{path}: missing, though {MANIFEST} lists it; {advice}")
         if sha256_file(path) != expected:
             raise CheckpointError(
-                f"{path}: content does not match the hash in {MANIFEST} (truncated, damaged or changed); restore or "
-                "download the folder again"
+                f"{path}: content does not match the hash in {MANIFEST} (truncated, damaged or changed); {advice}"
             )
 
 
@@ -364,8 +367,7 @@ def _load_plain(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Pre
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: cannot load the model ({reason})") from error
+        raise CheckpointError(f"{folder}: cannot load the model ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: needs a fast tokenizer (tokenizer.json)")
     return model.eval(), tokenizer
@@ -399,7 +401,7 @@ def _load_adapter(
             warnings.simplefilter("ignore")
             merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit {parent} ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{folder}: the adapter does not fit {parent} ({first_line(error)})") from error
     files = {**{f"base/{name}": value for name, value in base.files.items()}, **_hash_files(folder)}
     own = manifest if manifest and prompts is None else base  # `base` already carries prompts given by the caller
     merged_manifest = (manifest or base).model_copy(update={"prompts": own.prompts, "files": files})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-from search_r3.errors import CheckpointError
+from search_r3.errors import CheckpointError, first_line
 from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.prompts import Prompts, SystemPrompts
@@ -67,10 +67,12 @@ class SearchR3:
         compile: `torch.compile` the backbone; pays after minutes of encoding.
         Raises CheckpointError when the model cannot be found, trusted or run.
         """
+        if dtype not in get_args(Dtype):
+            raise CheckpointError(f"dtype {dtype}: choose from {', '.join(get_args(Dtype))}")
         try:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
-            raise CheckpointError(f"device {device}: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"device {device}: {first_line(error)}") from error
         if dtype == "int8" and place.type != "cpu":
             raise CheckpointError("dtype int8 is for CPUs; on a GPU use bfloat16")
         if dtype == "auto":
@@ -83,7 +85,7 @@ class SearchR3:
         try:
             model.to(place)
         except (RuntimeError, AssertionError) as error:
-            raise CheckpointError(f"device {place}: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"device {place}: {first_line(error)}") from error
         if dtype == "int8":
             _quantise(model)
         engine = Engine(
