@@ -448,6 +448,13 @@ def test_rewards_by_hand():
     assert scored(episode(), outcome(1)).total is None
 
 
+def test_a_reward_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text("def half(episode, outcome):\n    return 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as of an installed script
+    assert rewards.find("my_own_reward:half")(None, None) == 0.5
+
+
 def test_repetition_is_seen():
     assert repeated("one two three four") == 0
     assert repeated("a b c " * 10) > 0.8

@@ -7,6 +7,7 @@ A reward is a number, or None where it cannot be told; None is left out of the g
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,6 +111,8 @@ def find(name: str) -> RewardFunction:
     module, separator, function = name.partition(":")
     if not separator:
         raise TrainingError(f"reward.rank: {name} is none of {', '.join(RANKED)}; your own is package.module:function")
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, where `python -m` would look as well
     try:
         found: RewardFunction = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
