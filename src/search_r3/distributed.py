@@ -40,7 +40,8 @@ class RayEncoder:
         count = workers or there
         if count > there and self._mine and "RAY_ADDRESS" not in os.environ:  # unlike a machine, a cluster may grow
             ray.shutdown()
-            raise CheckpointError(f"{count} workers, but {there} {'GPUs' if gpus else 'cores'} here; take no more")
+            what = "GPUs" if gpus else "cores"
+            raise CheckpointError(f"{count} workers, but {there} {what}; take no more, or join a cluster (RAY_ADDRESS)")
         kind = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
         self.workers = [kind.remote(checkpoint, None if gpus else 1, options) for _ in range(count)]
         try:

@@ -251,7 +251,8 @@ class Retriever:
 
     def _tidy(self) -> None:
         if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
-            self.store.compact()
+            with suppress(StoreError):  # no room for it: what was written stays, and the next write tries again
+                self.store.compact()
 
     def _encode(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
         return self.model.engine.encode(tails, "embed")

@@ -1,5 +1,7 @@
 """Against the client's local mode, which searches exactly and ignores quantisation."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,18 @@ def test_a_copy_that_was_cut_short_is_made_again(store):
     again = RemoteIndex(client, "mine", store)
     assert len(again) == store.passages
     same(store, again)
+
+
+def test_a_restored_backup_is_copied_anew(store, tmp_path):
+    client = connect(":memory:")
+    backup = shutil.copytree(store.folder, tmp_path / "backup")
+    put(store, range(700, 720))
+    RemoteIndex(client, "mine", store)
+    store.close()
+    shutil.copytree(backup, store.folder, dirs_exist_ok=True)
+    with Store.open(store.folder) as again:
+        put(again, range(800, 820))
+        same(again, RemoteIndex(client, "mine", again))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from search_r3.evaluate.gate import best, curve, signals
 from search_r3.evaluate.metrics import METRICS, paired_p_value, score_queries
 from search_r3.extras import need
 from search_r3.files import cache_home, write_text
-from search_r3.model.reasoning import mean_vectors
+from search_r3.model.reasoning import control_ids, mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
 from search_r3.records import Reasoned, Status
@@ -258,7 +258,8 @@ def _run_model(
         search("reason-hybrid", vectors, seconds, tokens, texts)
     if "fused" in modes:
         search("fused", fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens)
-    thoughts = engine.plain_ids([r.text for r in reasoned])
+    control = control_ids(engine)
+    thoughts = [[token for token in r.token_ids if token not in control] for r in reasoned]
     for mode in CONTROLS:
         fused = mode == "control-fixed" and "control-fused" in modes
         if not fused and mode not in modes:

@@ -47,9 +47,10 @@ class GraphIndex:
             graph.load(str(path))
             if graph.ndim != vectors.shape[1] or len(graph) > len(vectors):
                 raise ValueError(f"it holds {len(graph)} rows of {graph.ndim}, the store {vectors.shape}")
-            last = len(graph) - 1
-            if last >= 0 and not np.allclose(graph.get(last, dtype="f32"), vectors[last], atol=0.02):
-                raise ValueError(f"row {last} is another vector than in the store")
+            for first in range(0, len(graph), 4096):
+                rows = np.arange(first, min(first + 4096, len(graph)))
+                if not np.allclose(graph.get(rows, dtype="f32"), vectors[rows], atol=0.02):
+                    raise ValueError(f"rows {first} to {rows[-1]} are other vectors than in the store")
         except Exception as error:
             raise StoreError(f"{path}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
         return cls(graph, vectors, alive)

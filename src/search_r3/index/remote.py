@@ -126,7 +126,7 @@ class RemoteIndex:
             self._copied()
             for part in _batches(rows):
                 self._upsert(part)
-        write_json(self._state, self._name() | {"rows": store.rows})
+        self._note(store.rows)
 
     def _copied(self) -> int:
         """Rows that the collection has seen; a new one is made where there is none of this store's."""
@@ -139,10 +139,11 @@ class RemoteIndex:
                     "from Qdrant, or choose another name"
                 )
             state = json.loads(self._state.read_text(encoding="utf-8"))
-            if {name: state.get(name) for name in self._name()} == self._name() and state["rows"] <= self.store.rows:
-                return int(state["rows"])
+            rows = int(state["rows"])
+            if rows <= self.store.rows and state == self._name(rows):
+                return rows
             self.client.delete_collection(self.collection)
-        write_json(self._state, self._name() | {"rows": 0})
+        self._note(0)
         quantisation: Any = None
         if self.quantise == "int8":
             quantisation = models.ScalarQuantization(
@@ -157,9 +158,14 @@ class RemoteIndex:
         )
         return 0
 
-    def _name(self) -> dict[str, Any]:
-        """What makes the rows' numbers mean what they mean."""
+    def _note(self, rows: int) -> None:
+        write_json(self._state, self._name(rows))
+
+    def _name(self, rows: int) -> dict[str, Any]:
+        """How many rows are copied, and what makes their numbers mean what they mean."""
         return {
+            "rows": rows,
+            "checksum": self.store.checksum(rows),
             "fingerprint": self.store.manifest.fingerprint,
             "vectors": self.store.vectors_name,
             "quantise": self.quantise,

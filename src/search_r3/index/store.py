@@ -53,6 +53,7 @@ _ADVICE = {  # by a part of SQLite's message
     "readonly": "give this user the right to write there: readers take locks, too",
     "unable to open": "give this user the right to write there: readers take locks, too",
 }
+_INT64 = 1 << 63
 _DAMAGED = "restore it, or index again into a new folder"
 
 
@@ -336,8 +337,10 @@ class Store:
         found = self.alive.copy()
         for key, wanted in where.items():
             asked = wanted if isinstance(wanted, list | tuple) else [wanted]
-            if bad := [value for value in asked if not isinstance(value, str | int | float | None)]:
-                raise DataError(f"where: field {key!r}: {bad[0]!r} is not a text, a number, true, false or null")
+            for value in asked:
+                usable = -_INT64 <= value < _INT64 if isinstance(value, int) else isinstance(value, str | float)
+                if not usable:
+                    raise DataError(f"where: field {key!r}: {value!r} is no text, number of 64 bits, true or false")
             # SQLite reads true as 1, which is another value; bytes equal no text
             values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
             with self._errors():
@@ -411,10 +414,11 @@ class Store:
                     self._db.execute("INSERT INTO blocks VALUES (?, ?, ?)", (first, len(block), zlib.crc32(block.data)))
                 generation = _next()
                 self._db.execute("UPDATE state SET rows = ?, generation = ?", (first + len(block), generation))
-            self.rows, self.generation = first + len(block), generation
+            self.rows, self.generation = first + len(block), -1  # as in `refresh`
             self.alive = np.append(self.alive, np.ones(len(block), dtype=bool))
             self.alive[dead] = False
             self._map()
+            self.generation = generation
 
     def touch(self, documents: Sequence[Document]) -> None:
         """Store the metadata of documents whose content is stored already."""
@@ -466,6 +470,12 @@ class Store:
             for old in self.folder.glob("vectors-*.bin"):  # the last one, and what a killed compaction left
                 if old != self._path:
                     old.unlink(missing_ok=True)
+
+    def checksum(self, rows: int) -> str:
+        """Of the first rows' vectors, up to the end of a commit: tells them from others under the same numbers."""
+        with self._errors():
+            blocks = self._db.execute("SELECT first, rows, crc FROM blocks WHERE first < ? ORDER BY first", (rows,))
+            return hashlib.sha256(repr(blocks.fetchall()).encode()).hexdigest()
 
     def derived(self, kind: str, of: str | None = None) -> Path:
         """Where something computed from the content is kept, e.g. `bm25-12`; all others of the kind are removed.

@@ -32,6 +32,7 @@ EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 PROMPTS = "prompts.json"  # of an adapter whose prompts are not its base's
 FORMAT = 1
+BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
 
 class MaxTokens(BaseModel):
@@ -165,7 +166,7 @@ def _prepared_default() -> Path:
 def _prepared_base() -> Path:
     from search_r3.model.default import NAME, WHEEL_SHA256, load_default_base
 
-    folder = cache_home() / "models" / f"{NAME}-{FORMAT}"
+    folder = cache_home() / "models" / f"{NAME}-{BASE}"
     if not folder.exists():
         try:
             model, tokenizer = load_default_base()
