@@ -87,7 +87,6 @@ def training(run: Path) -> list[str]:
         *lines,
         "",
         "Dev figures: nDCG@10 on small cuts of the recipes' `dev` sets, before and after the stage.",
-        *["The model lies between those before and after stage 2 (`search-r3 average`)."][: (run / "rl").exists()],
         "",
     ]
 
@@ -122,7 +121,6 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         f"- {STAGES[name]}{', titles as queries besides' * (name in titled)}: `{made['data']}`"
         for name, made in stages(run)
     ]
-    last = stages(run)[-1][0]
     modes = [
         m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "reason-hybrid", "bm25", "minilm")
     ]
@@ -174,7 +172,7 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         "## How to repeat it",
         "",
         f"`recipes/default/run.sh --data data --output runs/default --budget {budget}` goes the same way;",
-        f"this is its `{'model' if last == 'rl' else last + '/model'}`, packaged with `--rank {config['r']}`.",
+        f"this is its `{stages(run)[-1][0]}/model`, packaged with `--rank {config['r']}`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From the untrained model to an adapter to ship (the default is sft/model of a gpu run, packaged):
-#   prepare -> bootstrap -> train sft (with --budget cpu twice) -> train rl -> average -> eval -> package -> report
+# From the untrained model to an adapter to ship (the default is that of a gpu run):
+#   prepare -> bootstrap -> train sft (with --budget cpu twice) -> train rl -> package -> eval -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu
 #
 # tiny: three training sets, a few small steps: under half an hour on two cores; shows that all of it works.
-# cpu: the recipe of the default before, hours on two cores with native bfloat16.   gpu: one GPU.
+# cpu: hours on two cores with native bfloat16.   gpu: stage 1 on one GPU; stage 2 is the same.
 # Interrupted, the same command goes on. Every stage leaves its result in --output; remove it and all later ones to do it
 # again. Negatives, which no budget changes, stay with the data; what the untrained model writes is copied to them, over
 # an untrained.jsonl that is there.
@@ -49,7 +49,7 @@ stage() {
   local kind=$1 name=$2 file=smollm2-135m-$recipe.yaml
   shift 2
   [ -d "$output/$name/model" ] && return
-  [ "$kind" = rl ] && file=smollm2-135m-rl-$recipe.yaml
+  [ "$kind" = rl ] && file=smollm2-135m-rl-cpu.yaml
   search-r3 train "$kind" "recipes/$file" --data "$data" --output "$output/$name" --resume "${@/#/--set=}"
 }
 
@@ -78,8 +78,6 @@ if [ "$budget" = cpu ]; then
 fi
 echo "== stage 2: reinforce"
 stage rl rl "model=$trained" ${rl[@]+"${rl[@]}"}
-# Stage 2 has cost direct search a little; between the models before and after it lay one that it did not.
-[ -d "$output/model" ] || search-r3 average "$trained" "$output/rl/model" -o "$output/model" --weight 0.6
 
 # measure NAME CHECKPOINT SAMPLES MODES
 measure() {
@@ -88,13 +86,14 @@ measure() {
   search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --samples "$3" --modes "$4" $limit --max-tokens 128 --max-new-tokens 48 \
     --precision bfloat16 -o "$output/results-$1.json"
 }
-echo "== evaluate"
-measure base base 1 direct
-measure variant-1 "$output/model" 1 direct,reason
-measure model "$output/model" 8 direct,reason,fused,hybrid,reason-hybrid,control-repeat,control-fixed,control-other,bm25,minilm
-
 echo "== package"
-[ -d "$output/adapter" ] || search-r3 package "$output/model" -o "$output/adapter"
+[ -d "$output/adapter" ] || search-r3 package "$output/rl/model" -o "$output/adapter" --rank 26  # the most in 16 MB
+echo "== evaluate what ships"
+measure base base 1 direct
+measure variant-1 "$output/adapter" 1 direct,reason
+measure model "$output/adapter" 8 \
+  direct,reason,fused,hybrid,reason-hybrid,control-repeat,control-fixed,control-other,control-fused,bm25,minilm
+
 echo "== report"
 python recipes/default/report.py --run "$output" --data "$data" --page "$output/results" --card "$output/adapter" \
   --budget "$budget"
