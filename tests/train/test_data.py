@@ -110,6 +110,19 @@ def test_duplicates_are_dropped(root):
     assert dropped.counts == Counter({"duplicate": 1})
 
 
+def test_an_answer_is_no_negative_where_the_query_is_asked_again(root):
+    lines = [
+        {"query": "Who wrote it?", "positive": "Ada", "negatives": ["Bob", "Cyd"]},
+        {"query": "who wrote it", "positive": "Bob"},
+        {"query": "Who read it?", "positive": "Cyd"},
+    ]
+    (root / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ((first, second, other),), _ = load(recipe_for("sources=[{path: asked.jsonl}]"), root)
+    assert first.relevant == second.relevant == {first.positive.id, second.positive.id}
+    assert [passage.text for passage in first.negatives] == ["Cyd"]
+    assert other.relevant == {other.positive.id}
+
+
 def test_queries_without_a_usable_positive_are_dropped_and_named(root):
     qrels = root / "train" / "qrels" / "train.tsv"
     qrels.write_text(qrels.read_text().replace("q3\td3\t1", "q3\td3\t0").replace("q5\td5", "q5\tgone"))

@@ -81,12 +81,14 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
 
     Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
     equal to a test query, or a positive or a negative equal to a document that a test query should find (after removing
-    case, punctuation and spaces). Raises DataError for a source that cannot be used.
+    case, punctuation and spaces). What answers a query answers it wherever the source asks it again.
+    Raises DataError for a source that cannot be used.
     """
     queries, documents = held_out.queries, held_out.documents
     dropped, result = Dropped(), []
     for source in sources:
         kept, seen, keys = [], set(), {}
+        answers: dict[str, frozenset[str]] = {}
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
             for passage in (example.positive, *example.negatives):
@@ -106,12 +108,18 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
                         dropped.add(f"negative is in {documents[keys[passage.id]]}", f"{name}:{passage.id}")
                 hard = tuple(passage for passage in example.negatives if keys[passage.id] not in documents)
                 kept.append(replace(example, negatives=hard))
+                answers[pair[0]] = answers.get(pair[0], frozenset()) | example.relevant
                 if len(kept) == source.limit:
                     break
         if not kept:
             raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
-        result.append(kept)
+        result.append([_with_answers(example, answers[key(example.query)]) for example in kept])
     return result, dropped
+
+
+def _with_answers(example: Example, relevant: frozenset[str]) -> Example:
+    wrong = tuple(passage for passage in example.negatives if passage.id not in relevant)
+    return replace(example, negatives=wrong, relevant=relevant)
 
 
 def fingerprint(examples: Iterable[Iterable[Example]]) -> str:
