@@ -121,9 +121,7 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         f"- {STAGES[name]}{', titles as queries besides' * (name in titled)}: `{made['data']}`"
         for name, made in stages(run)
     ]
-    modes = [
-        m for m in report["average"] if m in ("direct", "reason", "fused", "hybrid", "reason-hybrid", "bm25", "minilm")
-    ]
+    modes = [mode for mode in report["average"] if not mode.startswith("control-")]
     lines = [
         "# search-r3 adapter for SmolLM2-135M-Instruct",
         "",

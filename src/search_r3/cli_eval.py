@@ -75,9 +75,9 @@ def eval_(
 ) -> None:
     """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
 
-    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, control-repeat,
-    control-fixed, control-other, control-fused, bm25, minilm. Document vectors are cached: a second run encodes
-    nothing. An interrupted run goes on with the data set it had reached.
+    Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, fused-hybrid,
+    control-repeat, control-fixed, control-other, control-fused, bm25, minilm. Document vectors are cached: a second
+    run encodes nothing. An interrupted run goes on with the data set it had reached.
 
     Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
     """

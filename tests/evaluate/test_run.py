@@ -44,7 +44,7 @@ def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
     assert "| small | **1.000** |" in page
     assert "search-r3 eval small" in page
     tables = rich_tables(report)
-    assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 6)]
+    assert [(table.row_count, len(table.columns)) for table in tables] == [(1, 6), (1, 6), (1, 2)]
 
 
 def test_a_set_may_be_named_as_the_last_row_is(model, small, tmp_path):
@@ -99,6 +99,14 @@ def test_the_control_of_the_sum_lies_between_direct_and_fixed_text(model, small,
     assert result.modes["direct"].top != result.modes["control-fixed"].top
     (alone,) = evaluate(model, [small], ["control-fused"], max_new_tokens=4, fuse=weight)
     assert alone.modes["control-fused"].top == result.modes["control-fused"].top
+
+
+@pytest.mark.parametrize(("weight", "same"), [(0.0, "hybrid"), (1.0, "reason-hybrid")])
+def test_the_sum_beside_words_lies_between_direct_and_reasoning_beside_words(model, small, weight, same):
+    (result,) = evaluate(model, [small], ["hybrid", "reason-hybrid", "fused-hybrid"], max_new_tokens=4, fuse=weight)
+    assert result.modes["fused-hybrid"].scores == result.modes[same].scores
+    (alone,) = evaluate(model, [small], ["fused-hybrid"], max_new_tokens=4, fuse=weight)
+    assert alone.modes["fused-hybrid"].top == result.modes["fused-hybrid"].top
 
 
 def test_limit_and_baselines_without_a_model(small):

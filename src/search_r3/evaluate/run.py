@@ -32,6 +32,7 @@ Mode = Literal[
     "fused",
     "hybrid",
     "reason-hybrid",
+    "fused-hybrid",
     "control-repeat",
     "control-fixed",
     "control-other",
@@ -222,7 +223,7 @@ def _run_model(
     progress: bool | None,
 ) -> None:
     engine = model.engine
-    if {"hybrid", "reason-hybrid"} & set(modes):
+    if {"hybrid", "reason-hybrid", "fused-hybrid"} & set(modes):
         retriever.lexical()  # built before any clock runs
     started = time.perf_counter()
     direct = model.encode_queries(texts)
@@ -241,7 +242,7 @@ def _run_model(
         search("direct", direct, direct_seconds, direct_tokens)
     if "hybrid" in modes:
         search("hybrid", direct, direct_seconds, direct_tokens, texts)
-    if not set(modes) & {"reason", "fused", "reason-hybrid", "control-fused", *CONTROLS}:
+    if not set(modes) & {"reason", "fused", "reason-hybrid", "fused-hybrid", "control-fused", *CONTROLS}:
         return
     started = time.perf_counter()
     reasoned = model.reason(texts, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
@@ -256,8 +257,11 @@ def _run_model(
         search("reason", vectors, seconds, tokens)
     if "reason-hybrid" in modes:
         search("reason-hybrid", vectors, seconds, tokens, texts)
+    both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens
     if "fused" in modes:
-        search("fused", fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens)
+        search("fused", *both)
+    if "fused-hybrid" in modes:
+        search("fused-hybrid", *both, texts)
     control = control_ids(engine)
     thoughts = [[token for token in r.token_ids if token not in control] for r in reasoned]
     for mode in CONTROLS:
@@ -273,8 +277,12 @@ def _run_model(
         if mode in modes:
             search(mode, vectors, seconds, tokens)
         if fused:
-            both = fuse_vectors(direct, vectors, fuse)
-            search("control-fused", both, seconds + direct_seconds, tokens + direct_tokens)
+            vectors, seconds, tokens = (
+                fuse_vectors(direct, vectors, fuse),
+                seconds + direct_seconds,
+                tokens + direct_tokens,
+            )
+            search("control-fused", vectors, seconds, tokens)
 
 
 def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **settings: Any) -> dict[str, Any]:
