@@ -39,6 +39,11 @@ def test_all_modes_on_a_set_where_the_query_is_the_document(model, small):
     report = json.loads(json.dumps(summarise([result], model, limit=None)))
     assert report["model"]["prompts"]["reason"]["prefix"] == model.manifest.prompts.reason.prefix
     assert report["p_versus_direct"]["bm25"] == 1.0
+    scores = {mode: np.array(list(outcome.scores["nDCG@10"].values())) for mode, outcome in result.modes.items()}
+    assert [(pair["mode"], pair["against"]) for pair in report["pairs"]] == run.PAIRS
+    for pair in report["pairs"]:
+        assert pair["difference_per_query"] == np.mean(scores[pair["mode"]] - scores[pair["against"]])
+        assert f"| {pair['mode']} | {pair['against']} | {pair['difference_per_query']:+.3f} |" in markdown(report, "")
     assert 0 <= report["collections"]["small"]["forced"] <= 1
     page = markdown(report, "search-r3 eval small")
     assert "| small | **1.000** |" in page
@@ -151,7 +156,7 @@ def test_the_report_shows_the_difference_that_it_tests(model, small, tmp_path):
     gains = [modes["reason"]["nDCG@10"] - modes["direct"]["nDCG@10"] for modes in scores]
     assert report["difference_per_query"]["reason"] == pytest.approx((4 * gains[0] + gains[1]) / 5)
     assert 0 < report["summary"]["p_reason_vs_best_control"] <= 1
-    assert f"| reason | {report['difference_per_query']['reason']:+.3f} |" in markdown(report, "")
+    assert f"| reason | direct | {report['difference_per_query']['reason']:+.3f} |" in markdown(report, "")
 
 
 def test_broken_collections_are_named(tmp_path, small):

@@ -49,16 +49,18 @@ def markdown(report: dict[str, Any], command: str) -> str:
             lines.append(f"| {name} | " + " | ".join(values) + " |")
         values = _bold([report["average"][mode][metric] for mode in modes], "**{}**")
         lines += ["| **average** | " + " | ".join(values) + " |", ""]
-    if report["p_versus_direct"]:
+    tested = [(m, "direct", report["difference_per_query"][m], p) for m, p in report["p_versus_direct"].items()]
+    tested += [(pair["mode"], pair["against"], pair["difference_per_query"], pair["p"]) for pair in report["pairs"]]
+    if tested:
         lines += [
-            "## Against `direct`",
+            "## Against each other",
             "",
             "Mean difference of nDCG@10 over all queries of all sets; two-sided p of its paired randomisation test.",
             "",
+            "| mode | against | a query | p |",
+            "|---|---|---|---|",
         ]
-        lines += ["| mode | a query | p |", "|---|---|---|"]
-        for mode, p in report["p_versus_direct"].items():
-            lines.append(f"| {mode} | {report['difference_per_query'][mode]:+.3f} | {p:.4f} |")
+        lines += [f"| {mode} | {other} | {difference:+.3f} | {p:.4f} |" for mode, other, difference, p in tested]
         lines.append("")
     lines += [
         "## Cost",

@@ -42,6 +42,12 @@ Mode = Literal[
 ]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEPTH = 100  # documents retrieved for each query
+PAIRS: list[tuple[Mode, Mode]] = [  # tested against each other, besides all against direct
+    ("fused", "control-fused"),
+    ("reason-hybrid", "hybrid"),
+    ("fused-hybrid", "hybrid"),
+    ("hybrid", "bm25"),
+]
 
 
 @dataclass(slots=True)
@@ -296,6 +302,7 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
         "average": {m: {name: _mean([r.modes[m].scores[name] for r in results]) for name in METRICS} for m in modes},
         "difference_per_query": {},
         "p_versus_direct": {},
+        "pairs": [],
     }
     if model is not None:
         report["model"] = {
@@ -323,8 +330,12 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
     pooled = {m: [v for r in results for v in r.modes[m].scores["nDCG@10"].values()] for m in modes}
     for mode in modes if "direct" in modes else []:
         if mode != "direct":
-            report["difference_per_query"][mode] = float(np.subtract(pooled[mode], pooled["direct"]).mean())
+            report["difference_per_query"][mode] = _difference(pooled[mode], pooled["direct"])
             report["p_versus_direct"][mode] = paired_p_value(pooled[mode], pooled["direct"])
+    for mode, other in PAIRS:
+        if mode in pooled and other in pooled:
+            difference, p = _difference(pooled[mode], pooled[other]), paired_p_value(pooled[mode], pooled[other])
+            report["pairs"].append({"mode": mode, "against": other, "difference_per_query": difference, "p": p})
     report["summary"] = _summary(report, pooled)
     if "direct" in modes and "reason" in modes:
         report["gate"] = _gate(results)
@@ -384,6 +395,10 @@ def _examples(results: Sequence[CollectionResult], count: int = 5) -> dict[str, 
         "helped": [row for gain, row in rows[::-1][:count] if gain > 0],
         "hurt": [row for gain, row in rows[:count] if gain < 0],
     }
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return float(np.subtract(ours, theirs).mean())
 
 
 def _mean(parts: Sequence[dict[str, float]]) -> float:
