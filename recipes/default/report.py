@@ -142,7 +142,7 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         "",
         *(
             [
-                f"Reasoning changes the direct search by {summary['reason_minus_direct']:+.3f} "
+                f"Reasoning changes direct search by {report['difference_per_query']['reason']:+.3f} a query "
                 f"(p = {summary['p_reason_vs_direct']:.3f}).",
                 "",
             ]
@@ -163,7 +163,7 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         "|---|---|",
         *(f"| {source} | {meta.get('license', '')} |" for source, meta in metas.items()),
         "",
-        "SHA-256 over the examples of each stage:",
+        "SHA-256 over the examples of each stage, whose recipe is in `training.json`:",
         "",
         *hashes,
         "",

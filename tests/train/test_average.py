@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from search_r3.errors import CheckpointError
-from search_r3.model.checkpoint import initialise, load, save
+from search_r3.model.checkpoint import Stage, initialise, load, save
 from search_r3.train.average import average
 from tests.conftest import build_base
 
@@ -15,10 +15,10 @@ def other(checkpoint, tmp_path):
         for parameter in model.parameters():
             parameter += 1
 
-    def write(name, swapped=False):
+    def write(name, swapped=False, training=()):
         acts = manifest.prompts
         prompts = acts.model_copy(update={"embed": acts.reason, "reason": acts.embed}) if swapped else acts
-        save(tmp_path / name, model, tokenizer, prompts, embed_token=manifest.embed_token)
+        save(tmp_path / name, model, tokenizer, prompts, embed_token=manifest.embed_token, training=training)
         return tmp_path / name
 
     return write
@@ -30,6 +30,12 @@ def test_the_mean_lies_between(checkpoint, other, tmp_path):
     for one, between in zip(before.parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(between, one + 0.25)
     assert manifest.parent.weights_sha256 == load(checkpoint)[2].weights_sha256
+
+
+def test_the_mean_was_trained_as_both_were(other, tmp_path):
+    sft, rl = (Stage(stage=stage, recipe={}, data="0f") for stage in ("sft", "rl"))
+    average(other("before", training=(sft,)), other("after", training=(sft, rl)), tmp_path / "mean")
+    assert load(tmp_path / "mean")[2].training == (sft, rl)
 
 
 def test_what_cannot_be_averaged_is_refused(checkpoint, other, tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
-from search_r3.model.checkpoint import load, save
+from search_r3.model.checkpoint import Stage, load, save
 from search_r3.train.package import extract_adapter
 
 
@@ -49,6 +49,22 @@ def test_an_adapter_brings_its_prompts(checkpoint, trained, tmp_path):
     assert given.manifest.prompts == manifest.prompts
     (tmp_path / "adapter" / "prompts.json").write_text("{}}")
     with pytest.raises(CheckpointError, match=r"prompts\.json: not a readable"):
+        SearchR3.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_tells_how_it_was_trained(checkpoint, trained, tmp_path):
+    model, tokenizer, manifest = load(trained[1]("model"))
+    made = tuple(Stage(stage=stage, recipe={"steps": 4}, data="0f") for stage in ("sft", "rl"))
+    save(tmp_path / "told", model, tokenizer, manifest.prompts, embed_token=manifest.embed_token, training=made)
+    extract_adapter(tmp_path / "told", checkpoint, tmp_path / "adapter")
+    merged = SearchR3.from_pretrained(tmp_path / "adapter")
+    assert merged.manifest.training == made
+    assert merged.save_pretrained(tmp_path / "merged").training == made
+    extract_adapter(tmp_path / "merged", tmp_path / "told", tmp_path / "rest")
+    assert not (tmp_path / "rest" / "training.json").exists()  # its base tells it
+    assert SearchR3.from_pretrained(tmp_path / "rest").manifest.training == made
+    (tmp_path / "adapter" / "training.json").write_text('[{"stage": "sft"}]')
+    with pytest.raises(CheckpointError, match=r"training\.json: 0\.recipe: Field required"):
         SearchR3.from_pretrained(tmp_path / "adapter")
 
 

@@ -143,7 +143,9 @@ def test_the_packed_pass_agrees_with_the_rollout_and_with_trl(rl, root, tmp_path
 
 def test_a_run_logs_what_matters_and_ends_in_a_plain_checkpoint(rl, root, tmp_path):
     folder = run(rl(dev={"sets": ["train"], "every": 2, "reason": 4}), root, tmp_path / "run")
-    assert SearchR3.from_pretrained(folder).reason(["a query"], max_new_tokens=3)[0].vector.shape == (32,)
+    model = SearchR3.from_pretrained(folder)
+    assert model.reason(["a query"], max_new_tokens=3)[0].vector.shape == (32,)
+    assert [made.stage for made in model.manifest.training] == ["rl"]
     lines = log(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     wanted = "reward reward_rank reward_rank_spread zero_spread format_rate forced_rate length kl entropy info_nce "

@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, DevTest, check_sharding, keep_until, latest
+from search_r3.train.run import METRICS, RUN, DevTest, check_sharding, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -91,6 +93,16 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     model = SearchR3.from_pretrained(folder)
     assert model.encode_documents(["a text"]).shape == (1, model.dimension)
     assert model.manifest.parent is not None
+    noted = json.loads((tmp_path / "run" / RUN).read_text())
+    assert [made.model_dump() for made in model.manifest.training] == [
+        {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")}
+    ]
+    assert (noted["stage"], noted["recipe"]["steps"], noted["versions"]["search-r3"]) == (
+        "sft",
+        6,
+        version("search-r3"),
+    )
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", noted["commit"] or "0" * 40)
     lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from search_r3.errors import CheckpointError, first_line
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 PROMPTS = "prompts.json"  # of an adapter whose prompts are not its base's
+TRAINING = "training.json"  # of an adapter: how it was trained
 FORMAT = 1
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
@@ -59,6 +60,23 @@ class Parent(BaseModel):
     """Hash over its weight files."""
 
 
+class Stage(BaseModel):
+    """One training run on the way to a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    stage: Literal["sft", "rl"]
+    """Supervised, or reinforcement."""
+    recipe: dict[str, Any]
+    """All settings."""
+    data: str
+    """SHA-256 over the training examples."""
+    versions: dict[str, str] = {}
+    """Libraries that it ran with."""
+    commit: str | None = None
+    """Of our code, where that was a git checkout; ends in -dirty where files differed from it."""
+
+
 class Manifest(BaseModel):
     """Everything about a checkpoint that is not in its weights."""
 
@@ -78,6 +96,8 @@ class Manifest(BaseModel):
     """Default lengths."""
     parent: Parent | None = None
     """The model this one was made from."""
+    training: tuple[Stage, ...] = ()
+    """What it was trained with, first to last."""
     files: dict[str, str]
     """SHA-256 of each weight and tokenizer file and of config.json."""
     versions: dict[str, str]
@@ -153,13 +173,13 @@ def _prepared_default() -> Path:
     """The base with our adapter merged in, made once and kept in the cache."""
     from search_r3.model.default import ADAPTER, TRAINED_NAME
 
-    made_of = [ADAPTER / "adapter_model.safetensors", ADAPTER / "adapter_config.json", ADAPTER / PROMPTS]
+    made_of = [ADAPTER / name for name in ("adapter_model.safetensors", "adapter_config.json", PROMPTS, TRAINING)]
     digest = _digest([sha256_file(path) for path in made_of if path.exists()])
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
         model, tokenizer, manifest = load(ADAPTER)
         parent = Parent(source="base", weights_sha256=_digest(_hash_files(_prepared_base())))
-        _keep(folder, model, tokenizer, manifest.prompts, parent)
+        _keep(folder, model, tokenizer, manifest.prompts, parent, manifest.training)
     return folder
 
 
@@ -178,10 +198,15 @@ def _prepared_base() -> Path:
 
 
 def _keep(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, parent: Parent
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    parent: Parent,
+    training: tuple[Stage, ...] = (),
 ) -> None:
     try:
-        save(folder, model, tokenizer, prompts, parent=parent)
+        save(folder, model, tokenizer, prompts, parent=parent, training=training)
     except OSError as error:
         if not folder.exists():  # otherwise another process was faster
             raise CheckpointError(f"cannot write the default model to {folder}: {error}") from error
@@ -235,6 +260,7 @@ def save(
     embed_token: str = EMBED_TOKEN,
     max_tokens: MaxTokens | None = None,
     parent: Parent | None = None,
+    training: tuple[Stage, ...] = (),
 ) -> Manifest:
     """Write a whole checkpoint folder at once (safetensors weights, tokenizer, manifest) and return its manifest."""
     with new_folder(folder) as temporary:
@@ -247,7 +273,9 @@ def save(
             config.pop("transformers_version", None)  # the same model is the same files, whichever version wrote them
             write_json(temporary / "config.json", config)
             tokenizer.save_pretrained(temporary)
-        manifest = describe(temporary, model, tokenizer, prompts, embed_token, max_tokens or MaxTokens(), parent)
+        manifest = describe(
+            temporary, model, tokenizer, prompts, embed_token, max_tokens or MaxTokens(), parent, training
+        )
         write_text(temporary / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
@@ -259,7 +287,8 @@ def describe(
     prompts: Prompts,
     embed_token: str,
     max_tokens: MaxTokens,
-    parent: Parent | None,
+    parent: Parent | None = None,
+    training: tuple[Stage, ...] = (),
 ) -> Manifest:
     """The manifest of a folder's files and a loaded model."""
     return Manifest(
@@ -269,10 +298,16 @@ def describe(
         prompts=prompts,
         max_tokens=max_tokens,
         parent=parent,
+        training=training,
         files=_hash_files(folder),
-        versions={name: version(name) for name in ("search-r3", "transformers", "torch")},
+        versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a model computes."""
+    return {name: version(name) for name in ("search-r3", "transformers", "torch")}
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
@@ -309,9 +344,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
     """Load a checkpoint, or a LoRA adapter on top of the checkpoint that its manifest or config names.
 
-    An adapter without a manifest may hold a prompts.json; otherwise it has its base's prompts. prompts, embed_token:
-    override the folder's own; needed for other projects' models. Files are checked against the manifest's hashes.
-    Raises CheckpointError for anything missing, damaged or without an embedding token.
+    An adapter without a manifest may hold a prompts.json, otherwise it has its base's prompts, and a training.json.
+    prompts, embed_token: override the folder's own; needed for other projects' models. Files are checked against the
+    manifest's hashes. Raises CheckpointError for anything missing, damaged or without an embedding token.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -335,10 +370,21 @@ def load(
         return model, tokenizer, manifest
     rendered = prompts if isinstance(prompts, Prompts) else render_prompts(tokenizer, prompts)
     if manifest is None:
-        manifest = describe(folder, model, tokenizer, rendered, token, MaxTokens(), None)
+        manifest = describe(folder, model, tokenizer, rendered, token, MaxTokens())
     else:
         manifest = manifest.model_copy(update={"prompts": rendered})
     return model, tokenizer, manifest
+
+
+def _read_training(path: Path) -> tuple[Stage, ...]:
+    if not path.exists():
+        return ()
+    try:
+        return TypeAdapter(tuple[Stage, ...]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {place}: {first['msg']}; restore the file or delete it") from error
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
@@ -405,6 +451,8 @@ def _load_adapter(
         raise CheckpointError(f"{folder}: the adapter does not fit {parent} ({first_line(error)})") from error
     files = {**{f"base/{name}": value for name, value in base.files.items()}, **_hash_files(folder)}
     own = manifest if manifest and prompts is None else base  # `base` already carries prompts given by the caller
-    merged_manifest = (manifest or base).model_copy(update={"prompts": own.prompts, "files": files})
+    training = base.training + (manifest.training if manifest else _read_training(folder / TRAINING))
+    changed = {"prompts": own.prompts, "files": files, "training": training}
+    merged_manifest = (manifest or base).model_copy(update=changed)
     logging.getLogger(__name__).info("merged adapter %s into %s", folder, parent)
     return merged.eval(), tokenizer, merged_manifest

@@ -215,6 +215,7 @@ class SearchR3:
             embed_token=manifest.embed_token,
             max_tokens=manifest.max_tokens,
             parent=manifest.parent or Parent(source=self.source, weights_sha256=manifest.weights_sha256),
+            training=manifest.training,
         )
 
 

@@ -44,4 +44,5 @@ def average(first: str | Path, second: str | Path, output: Path, weight: float =
         parent=Parent(
             source=f"{first}, averaged with {second} (weight {weight:g})", weights_sha256=manifest.weights_sha256
         ),
+        training=(*manifest.training, *(run for run in other_manifest.training if run not in manifest.training)),
     )

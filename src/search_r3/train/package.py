@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 
 from search_r3.errors import CheckpointError
 from search_r3.files import new_folder, write_json
-from search_r3.model.checkpoint import PROMPTS, load, resolve
+from search_r3.model.checkpoint import PROMPTS, TRAINING, load, resolve
 
 TOKEN_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"  # the row itself
 
 
 def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank: int = 24) -> dict[str, float]:
-    """Write a LoRA adapter in bfloat16 (PEFT's format) that turns `base` into nearly `checkpoint`, and its prompts.
+    """Write a LoRA adapter in bfloat16 (PEFT's format) that turns `base` into nearly `checkpoint`.
 
+    Beside it, where they differ from the base's: its prompts, and the runs that trained it.
     Returns the share of the change that is kept (squared norm) and the adapter's size in MB. Raises CheckpointError for
     models of other shapes, for changes that no such adapter can hold, and if `output` exists.
     """
@@ -78,5 +79,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         config.save_pretrained(str(folder))
         if manifest.prompts != base_manifest.prompts:
             write_json(folder / PROMPTS, manifest.prompts.model_dump())
+        if added := manifest.training[len(base_manifest.training) :]:
+            write_json(folder / TRAINING, [stage.model_dump() for stage in added])
     size = (output / "adapter_model.safetensors").stat().st_size / 1e6
     return {"kept": kept / total if total else 1.0, "megabytes": size}

@@ -160,7 +160,7 @@ def train(
     with state.main_process_first():
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
-            claim(output, recipe.model_dump(), prepared.fingerprint, notes, resume, change)
+            claim(output, "rl", recipe.model_dump(), prepared.fingerprint, notes, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output, [ENVIRONMENT])
     ends = model.generation_config.eos_token_id

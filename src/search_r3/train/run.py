@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_all
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json, write_text
-from search_r3.model.checkpoint import Manifest, Parent, initialise, load, quiet, resolve, save
+from search_r3.model.checkpoint import Manifest, Parent, Stage, initialise, load, quiet, resolve, save, versions
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
 from search_r3.train.config import Dev
@@ -31,7 +32,15 @@ TABLE = "rollouts.jsonl"
 STATE = "trainer_state.json"  # the Trainer writes it last
 
 
-def claim(output: Path, recipe: dict[str, Any], data: str, notes: dict[str, Any], resume: bool, change: bool) -> None:
+def claim(
+    output: Path,
+    stage: Literal["sft", "rl"],
+    recipe: dict[str, Any],
+    data: str,
+    notes: dict[str, Any],
+    resume: bool,
+    change: bool,
+) -> None:
     """Start a new run folder, or check that an old one may go on with this recipe and data.
 
     notes: what else run.json tells. Raises TrainingError for a folder that is taken, or another run's.
@@ -65,7 +74,19 @@ def claim(output: Path, recipe: dict[str, Any], data: str, notes: dict[str, Any]
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-    write_json(path, {"recipe": recipe, "data": data, **notes})
+    made = Stage(stage=stage, recipe=recipe, data=data, versions=versions(), commit=_commit())
+    write_json(path, made.model_dump() | notes)
+
+
+def _commit() -> str | None:
+    """The commit of our code, -dirty behind it where files were changed; None outside a git checkout of it."""
+    folder = Path(__file__).parent
+    try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
+        describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+        return subprocess.run(describe, cwd=folder, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
@@ -154,6 +175,7 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
             embed_token=manifest.embed_token,
             max_tokens=manifest.max_tokens,
             parent=Parent(source=name, weights_sha256=manifest.weights_sha256),
+            training=(*manifest.training, Stage.model_validate_json((output / RUN).read_bytes())),
         )
     trainer.accelerator.wait_for_everyone()
     return output / FINAL

@@ -91,7 +91,7 @@ def train(
     with state.main_process_first():
         if state.is_main_process:
             dropped = {"dropped": dict(prepared.dropped.counts), "samples": prepared.dropped.samples}
-            claim(output, recipe.model_dump(), fingerprint(prepared.sources), dropped, resume, change)
+            claim(output, "sft", recipe.model_dump(), fingerprint(prepared.sources), dropped, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output)
     torch.manual_seed(recipe.seed)
