@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from search_r3.cli_common import Checkpoint, Json, Precision, load_model, out, print_json
+from search_r3.cli_common import Checkpoint, Json, Precision, load_model, loading, out, print_json
 from search_r3.errors import SearchR3Error, first_line
 from search_r3.extras import EXTRAS, installed, need
 
@@ -48,7 +48,8 @@ def init(
     if not isinstance(words, SystemPrompts):
         raise CheckpointError(f"{prompt_file}: init needs system messages (embed_system, reason_system, embed_reply)")
     try:
-        manifest = initialise(base, folder, words)
+        with loading("preparing the model"):
+            manifest = initialise(base, folder, words)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder") from error
     if json_:
@@ -80,7 +81,8 @@ def info(
         from search_r3.errors import CheckpointError
         from search_r3.model.checkpoint import read_manifest, resolve
 
-        path = resolve(folder)
+        with loading("loading the model"):
+            path = resolve(folder)
         manifest = read_manifest(path)
         if manifest is None:
             raise CheckpointError(
