@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,14 +138,20 @@ def _say_dropped(dropped: Any, json_: bool) -> None:
 def _say_done(folder: Path, json_: bool) -> None:
     from accelerate import PartialState
 
-    PartialState().destroy_process_group()  # before its threads outlive it
+    PartialState().destroy_process_group()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
-        return
-    if json_:
+        pass
+    elif json_:
         print_json({"model": str(folder)})
     else:
         text = f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}"
         out.print(text, soft_wrap=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # A thread of a library that asks for the interpreter while that is taken down aborts the process (before Python
+        # 3.14), and the launcher then calls a run failed that has written all it had to.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def overlap(
