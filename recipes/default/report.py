@@ -43,7 +43,7 @@ def variants(run: Path, report: dict) -> list[str]:
                     c["modes"]["reason"]["tokens_per_query"] for c in found["collections"].values()
                 ),
                 "reason": found["average"]["reason"]["nDCG@10"],
-                "difference": found["summary"]["reason_minus_direct"],
+                "difference": found["difference_per_query"]["reason"],
                 "p": found["summary"]["p_reason_vs_direct"],
             }
         )
@@ -53,7 +53,7 @@ def variants(run: Path, report: dict) -> list[str]:
     lines = [
         "## How often, and how long",
         "",
-        "| reasonings | of at most, tokens | tokens/query | reason, nDCG@10 | against direct | p |",
+        "| reasonings | of at most, tokens | tokens/query | reason, nDCG@10 | against direct, a query | p |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -64,8 +64,8 @@ def variants(run: Path, report: dict) -> list[str]:
     return [
         *lines,
         "",
-        "Average over the same sets. One reasoning is greedy, several are sampled at 0.8. The rest of a query's tokens",
-        "are its own and the prompt's end.",
+        "nDCG@10 is the average over the same sets. One reasoning is greedy, several are sampled at 0.8. The rest of a",
+        "query's tokens are its own and the prompt's end.",
         "",
     ]
 

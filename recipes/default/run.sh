@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From the untrained model to an adapter to ship (the default is that of a gpu run):
+# From the untrained model to an adapter to ship (the default was made by the recipes of --budget gpu):
 #   prepare -> bootstrap -> train sft (with --budget cpu twice) -> train rl -> package -> eval -> report
 #
 #   recipes/default/run.sh --data data --output runs/default --budget tiny|cpu|gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def _say_done(folder: Path, json_: bool) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # A thread of a library that asks for the interpreter while that is taken down aborts the process (before Python
         # 3.14), and the launcher then calls a run failed that has written all it had to.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

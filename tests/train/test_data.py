@@ -113,13 +113,16 @@ def test_duplicates_are_dropped(root):
 def test_an_answer_is_no_negative_where_the_query_is_asked_again(root):
     lines = [
         {"query": "Who wrote it?", "positive": "Ada", "negatives": ["Bob", "Cyd"]},
-        {"query": "who wrote it", "positive": "Bob"},
-        {"query": "Who read it?", "positive": "Cyd"},
+        {"query": "Who wrote it?", "positive": "Bob"},
+        {"query": "Who wrote it?", "positive": "ada."},
+        {"query": "who wrote it", "positive": "Cyd"},
     ]
     (root / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ((first, second, other),), _ = load(recipe_for("sources=[{path: asked.jsonl}]"), root)
-    assert first.relevant == second.relevant == {first.positive.id, second.positive.id}
+    ((first, second, other),), dropped = load(recipe_for("sources=[{path: asked.jsonl}]"), root)
+    assert first.relevant == second.relevant > {first.positive.id, second.positive.id}
+    assert len(first.relevant) == 3  # of a copy that is dropped, too
     assert [passage.text for passage in first.negatives] == ["Cyd"]
+    assert dropped.counts == Counter({"duplicate": 1, "negative answers the same query elsewhere": 1})
     assert other.relevant == {other.positive.id}
 
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, RUN, DevTest, check_sharding, keep_until, latest
+from search_r3.train.run import METRICS, RUN, DevTest, check_sharding, claim, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -94,8 +94,9 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     assert model.encode_documents(["a text"]).shape == (1, model.dimension)
     assert model.manifest.parent is not None
     noted = json.loads((tmp_path / "run" / RUN).read_text())
+    parent = model.manifest.parent.model_dump()
     assert [made.model_dump() for made in model.manifest.training] == [
-        {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")}
+        {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")} | {"parent": parent}
     ]
     assert (noted["stage"], noted["recipe"]["steps"], noted["versions"]["search-r3"]) == (
         "sft",
@@ -246,6 +247,18 @@ def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path, monk
     with pytest.raises(TrainingError, match="its embedding and output rows are one"):
         train(prepare(recipe, root), root, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_what_it_began_with(tmp_path):
+    def told(resume):
+        claim(tmp_path / "run", "sft", {"steps": 1}, "0f", {}, resume, False)
+        return json.loads((tmp_path / "run" / RUN).read_text())
+
+    first = told(False)
+    older = first | {"versions": {"torch": "2.0"}, "commit": "0" * 40}
+    for stored in (older, {name: older[name] for name in ("recipe", "data")}):  # as runs were once noted
+        (tmp_path / "run" / RUN).write_text(json.dumps(stored))
+        assert told(True) == stored | {"stage": "sft"}
 
 
 def test_a_log_is_split_at_the_ends_of_its_lines_only(tmp_path):

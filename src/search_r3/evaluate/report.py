@@ -50,7 +50,9 @@ def markdown(report: dict[str, Any], command: str) -> str:
         values = _bold([report["average"][mode][metric] for mode in modes], "**{}**")
         lines += ["| **average** | " + " | ".join(values) + " |", ""]
     tested = [(m, "direct", report["difference_per_query"][m], p) for m, p in report["p_versus_direct"].items()]
-    tested += [(pair["mode"], pair["against"], pair["difference_per_query"], pair["p"]) for pair in report["pairs"]]
+    tested += [
+        (pair["mode"], pair["against"], pair["difference_per_query"], pair["p"]) for pair in report.get("pairs", [])
+    ]
     if tested:
         lines += [
             "## Against each other",

@@ -32,7 +32,7 @@ EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 PROMPTS = "prompts.json"  # of an adapter whose prompts are not its base's
 TRAINING = "training.json"  # of an adapter: how it was trained
-FORMAT = 1
+FORMAT = 2
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
 
@@ -71,10 +71,12 @@ class Stage(BaseModel):
     """All settings."""
     data: str
     """SHA-256 over the training examples."""
+    parent: Parent | None = None
+    """What it began with."""
     versions: dict[str, str] = {}
-    """Libraries that it ran with."""
+    """Libraries that it began with."""
     commit: str | None = None
-    """Of our code, where that was a git checkout; ends in -dirty where files differed from it."""
+    """Of our code then, where that was a git checkout; ends in -dirty where files differed from it."""
 
 
 class Manifest(BaseModel):
@@ -222,7 +224,9 @@ def initialise(base: str | Path, folder: Path, words: SystemPrompts | None = Non
     model, tokenizer = _load_plain(path, "auto")
     _add_embed_token(model, tokenizer)
     parent = Parent(source=str(base), weights_sha256=_digest(_hash_files(path)))
-    return save(folder, model, tokenizer, render_prompts(tokenizer, words), parent=parent)
+    before = read_manifest(path)
+    training = before.training if before else ()
+    return save(folder, model, tokenizer, render_prompts(tokenizer, words), parent=parent, training=training)
 
 
 def _add_embed_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -81,16 +81,17 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
 
     Dropped are second copies of a query with the same positive, and whatever overlaps with a held-out set: a query
     equal to a test query, or a positive or a negative equal to a document that a test query should find (after removing
-    case, punctuation and spaces). What answers a query answers it wherever the source asks it again.
+    case, punctuation and spaces). Where a source asks the same text again, the answers of each are right for both.
     Raises DataError for a source that cannot be used.
     """
     queries, documents = held_out.queries, held_out.documents
     dropped, result = Dropped(), []
     for source in sources:
         kept, seen, keys = [], set(), {}
-        answers: dict[str, frozenset[str]] = {}
+        answers: dict[str, frozenset[str]] = {}  # by the text, not by `key`: `ls -l` is not `ls -L`
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
+            answers[example.query] = answers.get(example.query, frozenset()) | example.relevant
             for passage in (example.positive, *example.negatives):
                 if passage.id not in keys:
                     keys[passage.id] = key(passage.text)
@@ -108,16 +109,18 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
                         dropped.add(f"negative is in {documents[keys[passage.id]]}", f"{name}:{passage.id}")
                 hard = tuple(passage for passage in example.negatives if keys[passage.id] not in documents)
                 kept.append(replace(example, negatives=hard))
-                answers[pair[0]] = answers.get(pair[0], frozenset()) | example.relevant
                 if len(kept) == source.limit:
                     break
         if not kept:
             raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
-        result.append([_with_answers(example, answers[key(example.query)]) for example in kept])
+        result.append([_with_answers(example, answers[example.query], dropped) for example in kept])
     return result, dropped
 
 
-def _with_answers(example: Example, relevant: frozenset[str]) -> Example:
+def _with_answers(example: Example, relevant: frozenset[str], dropped: Dropped) -> Example:
+    for passage in example.negatives:
+        if passage.id in relevant:
+            dropped.add("negative answers the same query elsewhere", f"{example.source}:{example.id}:{passage.id}")
     wrong = tuple(passage for passage in example.negatives if passage.id not in relevant)
     return replace(example, negatives=wrong, relevant=relevant)
 

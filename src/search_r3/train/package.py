@@ -79,7 +79,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         config.save_pretrained(str(folder))
         if manifest.prompts != base_manifest.prompts:
             write_json(folder / PROMPTS, manifest.prompts.model_dump())
-        if added := manifest.training[len(base_manifest.training) :]:
+        if added := [stage for stage in manifest.training if stage not in base_manifest.training]:
             write_json(folder / TRAINING, [stage.model_dump() for stage in added])
     size = (output / "adapter_model.safetensors").stat().st_size / 1e6
     return {"kept": kept / total if total else 1.0, "megabytes": size}

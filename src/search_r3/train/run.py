@@ -43,9 +43,10 @@ def claim(
 ) -> None:
     """Start a new run folder, or check that an old one may go on with this recipe and data.
 
-    notes: what else run.json tells. Raises TrainingError for a folder that is taken, or another run's.
+    run.json tells the versions and the commit that a run began with, too. notes: what else it tells.
+    Raises TrainingError for a folder that is taken, or another run's.
     """
-    path = output / RUN
+    path, before = output / RUN, {"versions": versions(), "commit": _commit()}
     if not path.exists():
         if output.exists() and any(output.iterdir()):
             raise TrainingError(f"{output}: not empty and not a run; give a new folder")
@@ -74,8 +75,8 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-    made = Stage(stage=stage, recipe=recipe, data=data, versions=versions(), commit=_commit())
-    write_json(path, made.model_dump() | notes)
+    began = {name: before[name] for name in ("versions", "commit") if name in before}
+    write_json(path, {"stage": stage, "recipe": recipe, "data": data, **began, **notes})
 
 
 def _commit() -> str | None:
@@ -167,6 +168,7 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
                 with quiet():
                     merged = get_peft_model(merged, adapters["default"])
             merged.load_state_dict({part: weights[part] for part in trained}, strict=False)
+        parent = Parent(source=name, weights_sha256=manifest.weights_sha256)
         save(
             output / FINAL,
             merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged,
@@ -174,8 +176,8 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
             manifest.prompts,
             embed_token=manifest.embed_token,
             max_tokens=manifest.max_tokens,
-            parent=Parent(source=name, weights_sha256=manifest.weights_sha256),
-            training=(*manifest.training, Stage.model_validate_json((output / RUN).read_bytes())),
+            parent=parent,
+            training=(*manifest.training, Stage(parent=parent, **json.loads((output / RUN).read_text("utf-8")))),
         )
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
