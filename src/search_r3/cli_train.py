@@ -148,8 +148,8 @@ def _say_done(folder: Path, json_: bool) -> None:
         text = f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}"
         out.print(text, soft_wrap=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # A thread of a library that asks for the interpreter while that is taken down aborts the process (before Python
-        # 3.14), and the launcher then calls a run failed that has written all it had to.
+        # Seen twice: all was written, and the process aborted while the interpreter was taken down (a thread of some
+        # library's, perhaps), so that the launcher called the run failed.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
