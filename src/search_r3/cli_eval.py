@@ -125,23 +125,25 @@ def eval_(
             err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
         err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
 
-    with interruptible("finished data sets and document vectors are kept; the same command goes on"):
-        results = evaluate(
-            loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result,
+    def on_done(results: list[CollectionResult]) -> None:
+        report = summarise(
+            results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
         )  # fmt: skip
-    report = summarise(
-        results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
-        max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
-    )  # fmt: skip
-    command = shlex.join(["search-r3", *sys.argv[1:]])
-    write_reports(output or [], report, markdown(report, command))
-    if details is not None:
-        write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
-    if json_:
-        print_json(report)
-    else:
-        out.print(*rich_tables(report))
+        command = shlex.join(["search-r3", *sys.argv[1:]])
+        write_reports(output or [], report, markdown(report, command))
+        if details is not None:
+            write_text(details, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _detail_rows(results)))
+        if json_:
+            print_json(report)
+        else:
+            out.print(*rich_tables(report))
+
+    with interruptible("finished data sets and document vectors are kept; the same command goes on"):
+        evaluate(
+            loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result, on_done=on_done,
+        )  # fmt: skip
 
 
 def _mean(scores: dict[str, float]) -> float:

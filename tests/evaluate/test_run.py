@@ -86,6 +86,8 @@ def test_an_interrupted_evaluation_goes_on(model, small, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2, on_result=interrupt)
+    with pytest.raises(KeyboardInterrupt):  # as when the report cannot be written
+        evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2, on_done=interrupt)
     resumed = evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2)
     assert len(thought) == 2  # one for each collection
     for ours, theirs in zip(resumed, whole, strict=True):

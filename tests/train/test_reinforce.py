@@ -342,6 +342,18 @@ def test_a_document_that_a_test_query_should_find_is_nowhere(rl, root):
     assert "train:q0" not in prepared.queries
 
 
+def test_what_answers_a_query_answers_it_where_it_is_asked_again(rl, root):
+    queries = root / "train" / "queries.jsonl"
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    lines[7]["text"] = lines[3]["text"]
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    qrels = root / "train" / "qrels" / "train.tsv"
+    qrels.write_text(qrels.read_text().replace("q3\td3\t1", "q3\td3\t2") + "q3\td7\t0\nq3\td5\t0\n")
+    prepared = prepare(rl(), root)
+    assert prepared.qrels["train:q3"] == {"train:d3": 2, "train:d5": 0, "train:d7": 1}
+    assert prepared.qrels["train:q7"] == {"train:d7": 1, "train:d3": 1}
+
+
 def test_an_empty_reasoning_is_a_rollout_like_any_other(rl, root, tmp_path, monkeypatch):
     original = RolloutPolicy.sample
 

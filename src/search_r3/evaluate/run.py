@@ -108,6 +108,7 @@ def evaluate(
     index_folder: Path | None = None,
     progress: bool | None = None,
     on_result: Callable[[CollectionResult], None] | None = None,
+    on_done: Callable[[list[CollectionResult]], None] | None = None,
 ) -> list[CollectionResult]:
     """Score each mode on each BEIR folder.
 
@@ -116,7 +117,8 @@ def evaluate(
     samples: reasonings of each query, whose vectors' mean is searched with; the controls have as many.
     precision: the model's arithmetic, as given to `from_pretrained`; cached vectors of another are not used.
     index_folder: an index of the (one) collection to use instead of the cached one. on_result: called after each
-    collection. Interrupted, the same evaluation goes on with the collection it had reached.
+    collection. on_done: called with all results, before what was kept of them is removed: where it fails, the same
+    evaluation measures nothing again. Interrupted, the same evaluation goes on with the collection it had reached.
     Raises DataError for a broken collection, before anything is encoded.
     """
     need_extras(modes)
@@ -141,6 +143,8 @@ def evaluate(
         results.append(result)
         if on_result:
             on_result(result)
+    if on_done:
+        on_done(results)
     for path in kept:  # an evaluation that was not interrupted is done anew when it is asked for again
         path.unlink(missing_ok=True)
     return results

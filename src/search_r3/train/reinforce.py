@@ -109,8 +109,10 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
                 dropped.add(f"document is in {name}", f"{source.path}:{document.id}")
         collection = cut(replace(collection, queries=asked, documents=allowed), None, source.documents)
         known = {document.id for document in collection.documents}
+        relevant = {example.id: example.relevant for example in found}  # those of the same text, asked again, too
         documents += [Document(f"{source.path}:{d.id}", d.text, d.title) for d in collection.documents]
         for name, judged in collection.judgements.items():
+            judged = judged | {d: judged.get(d) or 1 for d in sorted(relevant[name])}
             qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
         streams.append(list(names.values()))
     if len(documents) < recipe.environment.k:
