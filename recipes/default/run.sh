@@ -92,7 +92,7 @@ echo "== evaluate what ships"
 measure base base 1 direct
 measure variant-1 "$output/adapter" 1 direct,reason
 measure model "$output/adapter" 8 \
-  direct,reason,fused,hybrid,reason-hybrid,fused-hybrid,control-repeat,control-fixed,control-other,control-fused,bm25,minilm
+  direct,reason,fused,hybrid,reason-hybrid,fused-hybrid,control-repeat,control-fixed,control-other,control-fused,bm25,minilm,minilm-hybrid
 
 echo "== report"
 python recipes/default/report.py --run "$output" --data "$data" --page "$output/results" --card "$output/adapter" \

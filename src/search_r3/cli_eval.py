@@ -29,13 +29,14 @@ from search_r3.cli_common import (
     load_model,
     loading,
     out,
+    plain,
     print_json,
     write_reports,
 )  # fmt: skip
 from search_r3.errors import DataError
 from search_r3.extras import need
 
-DEFAULT_MODES = "direct,reason,control-repeat,control-fixed,control-other,bm25,minilm"
+DEFAULT_MODES = "direct,reason,hybrid,control-repeat,control-fixed,control-other,bm25,minilm"
 
 
 def eval_(
@@ -47,7 +48,9 @@ def eval_(
     precision: Arithmetic = Precision.auto,
     device: Device = None,
     dims: Dims = None,
-    split: Annotated[str, typer.Option(help="Which judgements: qrels/SPLIT.tsv.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Which judgements: qrels/SPLIT.tsv, or a split of mteb's.", show_default="test")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
@@ -67,7 +70,9 @@ def eval_(
         list[str] | None,
         typer.Option(help="Run a task of mteb's, or a BEIR folder as one, by mteb itself; may be given again."),
     ] = None,
-    mteb_output: Annotated[Path, typer.Option(help="Where mteb writes its result files.")] = Path("mteb-results"),
+    mteb_output: Annotated[
+        Path | None, typer.Option(help="Where mteb writes its result files.", show_default="mteb-results")
+    ] = None,
     reason: Annotated[bool, typer.Option("--reason", help="With --mteb: think before embedding queries.")] = False,
     prompt_file: PromptFile = None,
     embed_token: EmbedToken = None,
@@ -76,8 +81,8 @@ def eval_(
     """Measure retrieval quality with and without reasoning, beside baselines and controls of equal length.
 
     Modes: direct, reason, fused (sum of both vectors), hybrid (direct + BM25), reason-hybrid, fused-hybrid,
-    control-repeat, control-fixed, control-other, control-fused, bm25, minilm. Document vectors are cached: a second
-    run encodes nothing. An interrupted run goes on with the data set it had reached.
+    control-repeat, control-fixed, control-other, control-fused, bm25, minilm, minilm-hybrid. Document vectors are
+    cached: a second run encodes nothing. An interrupted run goes on with the data set it had reached.
 
     Example:  search-r3 eval data/scifact data/nfcorpus --modes direct,reason,bm25 -o report.md
     """
@@ -94,16 +99,19 @@ def eval_(
         from search_r3.evaluate.mteb import run
 
         model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
-        scores = run(model, mteb, mteb_output, reason=reason, samples=samples, split=split)
+        scores = run(model, mteb, mteb_output or Path("mteb-results"), reason=reason, samples=samples, split=split)
         print_json(scores) if json_ else out.print_json(data=scores)
         return
     assert datasets
     if reason:
         raise DataError("--reason is for --mteb; elsewhere, name the modes: --modes direct,reason")
+    if mteb_output:
+        raise DataError("--mteb-output is for --mteb; elsewhere, name the report: --output report.json")
     modes, fuse = DEFAULT_MODES if modes is None else modes, 0.5 if fuse is None else fuse
+    split = split or "test"
     with loading():
         from search_r3.evaluate.report import markdown, rich_tables
-        from search_r3.evaluate.run import MODES, CollectionResult, evaluate, need_extras, summarise
+        from search_r3.evaluate.run import BASELINES, MODES, CollectionResult, evaluate, need_extras, summarise
         from search_r3.files import write_text
 
     chosen = list(MODES) if modes == "all" else list(dict.fromkeys(m.strip() for m in modes.split(",") if m.strip()))
@@ -116,13 +124,13 @@ def eval_(
     if details:
         check_writable("--details", details)
     need_extras(chosen)
-    needs_model = bool(set(chosen) - {"bm25", "minilm"})
+    needs_model = bool(set(chosen) - set(BASELINES))
     loaded = load_model(checkpoint, precision, device, dims, prompt_file, embed_token) if needs_model else None
 
     def on_result(result: CollectionResult) -> None:
         scores = ", ".join(f"{mode} {_mean(r.scores['nDCG@10']):.3f}" for mode, r in result.modes.items())
         for problem in result.skipped:
-            err.print(f"[yellow]left out:[/yellow] {escape(problem)}")
+            err.print(f"[yellow]left out:[/yellow] {escape(plain(problem))}")
         err.print(f"{escape(result.name)}: {result.encoded} of {result.documents} documents encoded; nDCG@10: {scores}")
 
     def on_done(results: list[CollectionResult]) -> None:

@@ -51,3 +51,9 @@ def test_a_local_task_scores_as_we_do(model, tmp_path, reason):
 def test_unknown_tasks(model, tmp_path):
     with pytest.raises(DataError, match="neither a BEIR folder nor a task"):
         run(model, ["NoSuchTask"], tmp_path)
+
+
+def test_two_tasks_of_one_name_are_refused(model, tmp_path):
+    folders = [str(write_set(tmp_path / name / "my-set", 2)) for name in "ab"]
+    with pytest.raises(DataError, match="a second MySet, whose results would replace the first's"):
+        run(model, folders, tmp_path / "results")

