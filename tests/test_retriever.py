@@ -104,6 +104,21 @@ def test_graph_index_finds_the_same_and_is_kept(retriever, model, monkeypatch):
         assert len(list(retriever.store.folder.glob("graph-*"))) == 1
 
 
+@pytest.mark.parametrize("kind", ["bm25", "graph"])
+def test_a_damaged_copy_of_what_was_derived_is_made_anew(retriever, model, kind):
+    if kind == "graph":
+        pytest.importorskip("usearch")
+    with Retriever.open(retriever.store.folder, model, "graph" if kind == "graph" else "exact") as first:
+        expected = first.search(TEXTS[0], hybrid=True).hits
+    (copy,) = retriever.store.folder.glob(f"{kind}-*")
+    damaged = copy / "rows.npy" if kind == "bm25" else copy
+    for content in (b"nonsense", None):  # or another process has just removed it
+        damaged.write_bytes(content) if content else damaged.unlink()
+        with Retriever.open(retriever.store.folder, model, "graph" if kind == "graph" else "exact") as again:
+            assert again.search(TEXTS[0], hybrid=True).hits == expected
+        assert damaged.stat().st_size > len(b"nonsense")
+
+
 def test_the_name_of_the_default_is_no_folder(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from search_r3.errors import DataError, StoreError
-from search_r3.files import new_folder
+from search_r3.files import given_path, new_folder
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
@@ -161,11 +162,12 @@ class Retriever:
         kind: IndexKind = "exact",
     ) -> Retriever:
         """`open` if the folder holds an index, else `create`. Settings given must equal those of an existing index."""
-        if not Path(folder).exists() or (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+        folder = given_path(Path(folder) / MANIFEST).parent
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return cls.create(
                 folder, model, splitting=splitting, max_tokens=max_tokens, dtype=dtype or "float32", kind=kind
             )
-        if not (Path(folder) / MANIFEST).exists():
+        if not (folder / MANIFEST).exists():
             raise StoreError(f"{folder}: exists and is not an index; choose another folder")
         retriever = cls.open(folder, model, kind)
         stored = retriever.store.manifest
@@ -283,10 +285,11 @@ class Retriever:
         if self._graphed and self._graphed[0] == path:
             graph = self._graphed[1]
             graph.extend(store.vectors, store.alive)
-        elif path.exists():
-            graph = GraphIndex.load(path, store.vectors, store.alive)
         else:
-            graph = GraphIndex.build(store.vectors, store.alive)
+            try:
+                graph = GraphIndex.load(path, store.vectors, store.alive)
+            except StoreError:  # none, damaged, or removed by another process just now
+                graph = GraphIndex.build(store.vectors, store.alive)
         self._graphed = path, graph
         if graph.saved < 0.9 * store.rows:
             with suppress(OSError):  # a copy for the next start: search goes on without it
@@ -299,12 +302,13 @@ class Retriever:
         """BM25 over the same passages; built when it is first needed."""
         if self._lexical is None or self._lexical[0] != self.store.generation:
             path = self.store.derived("bm25")
-            if path.exists():
+            try:
                 lexical = LexicalIndex.load(path)
-            else:
+            except StoreError:  # as for the graph
                 texts = {row: passage.content for row, passage in self.store.scan()}
                 lexical = LexicalIndex.build(list(texts.values()), list(texts))
-                with suppress(OSError), new_folder(path) as temporary:  # as for the graph
+                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError), new_folder(path) as temporary:
                     lexical.save(temporary)
             self._lexical = (self.store.generation, lexical)
         return self._lexical[1]

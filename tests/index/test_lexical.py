@@ -32,7 +32,7 @@ def test_of_a_very_long_query_the_beginning_is_read():
 
 
 def test_damaged_folder(tmp_path):
-    with pytest.raises(StoreError, match="delete it, and it will be rebuilt"):
+    with pytest.raises(StoreError, match="cannot be loaded"):
         LexicalIndex.load(tmp_path)
 
 

@@ -65,9 +65,10 @@ def _score_halves(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
 
 
 def _top(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest, in order."""
+    """The k largest, in order; of equal ones the first."""
     if len(scores) > k:
-        kept = np.argpartition(-scores, k - 1)[:k]
+        least = np.partition(scores, -k)[-k]
+        kept = np.concatenate([np.flatnonzero(scores > least), np.flatnonzero(scores == least)])[:k]
         scores, rows = scores[kept], rows[kept]
     order = np.lexsort((rows, -scores))
     return scores[order], rows[order]

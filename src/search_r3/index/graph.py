@@ -52,7 +52,7 @@ class GraphIndex:
                 if not np.allclose(graph.get(rows, dtype="f32"), vectors[rows], atol=0.02):
                     raise ValueError(f"rows {first} to {rows[-1]} are other vectors than in the store")
         except Exception as error:
-            raise StoreError(f"{path}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
+            raise StoreError(f"{path}: cannot be loaded ({error})") from error
         return cls(graph, vectors, alive)
 
     def extend(self, vectors: np.ndarray, alive: np.ndarray | None = None) -> None:

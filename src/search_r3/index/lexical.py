@@ -29,10 +29,10 @@ class LexicalIndex:
         import bm25s
 
         tokens = _tokenise(list(texts))
-        retriever = None
-        if any(tokens.vocab):
-            retriever = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-            retriever.index(tokens, show_progress=False)
+        if not any(tokens.vocab):
+            return cls(None, np.empty(0, np.int64))
+        retriever = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
+        retriever.index(tokens, show_progress=False)
         return cls(retriever, np.asarray(rows, dtype=np.int64))
 
     def save(self, folder: Path) -> None:
@@ -48,10 +48,9 @@ class LexicalIndex:
 
         try:
             rows = np.load(folder / "rows.npy")
-            inner = folder / "bm25s"
-            return cls(bm25s.BM25.load(str(inner)) if inner.exists() else None, rows)
+            return cls(bm25s.BM25.load(str(folder / "bm25s")) if len(rows) else None, rows)
         except Exception as error:
-            raise StoreError(f"{folder}: cannot be loaded ({error}); delete it, and it will be rebuilt") from error
+            raise StoreError(f"{folder}: cannot be loaded ({error})") from error
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Index.search`, for texts; rows that share no word with the query are not returned (-inf, -1)."""

@@ -121,8 +121,7 @@ class RemoteIndex:
 
             self.client.delete(self.collection, models.PointIdsList(points=part.tolist()), wait=True)
         if self.client.count(self.collection).count != store.passages:  # a copy was cut short: begin again
-            self.client.delete_collection(self.collection)
-            self._state.unlink()
+            self.drop()
             self._copied()
             for part in _batches(rows):
                 self._upsert(part)

@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search_r3.errors import DataError, StoreError
-from search_r3.files import new_folder, write_text
+from search_r3.files import given_path, new_folder, write_text
 from search_r3.passages import Splitting
 from search_r3.records import Document
 
@@ -162,7 +162,7 @@ class Store:
 
         Raises StoreError for a folder that is no index, is damaged, or was written by a newer version.
         """
-        path = folder / MANIFEST
+        path = given_path(folder / MANIFEST)
         if not path.is_file():
             raise StoreError(f"{folder}: no index here (no {MANIFEST}); make one with: search-r3 index CORPUS {folder}")
         try:
@@ -370,7 +370,8 @@ class Store:
             raise StoreError(f"{self.folder}: another process is writing to this index; wait until it ends") from error
         self._lock = lock
         try:
-            self.refresh()
+            if self.moved():
+                self.refresh()
             yield
         finally:
             self._lock = None
@@ -392,19 +393,10 @@ class Store:
             self._append(block)
             first = self.rows
             with self._transaction():
-                dead = self._forget([document.id for document in documents])
+                _, dead = self._forget([document.id for document in documents])
                 self._db.executemany(
                     "INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
-                    [
-                        (
-                            d.id,
-                            content_hash(d),
-                            d.title,
-                            d.text,
-                            _metadata(d),
-                        )
-                        for d in documents
-                    ],
+                    [(d.id, content_hash(d), d.title, d.text, _metadata(d)) for d in documents],
                 )
                 self._db.executemany(
                     "INSERT INTO passages VALUES (?, ?, ?, ?)",
@@ -422,6 +414,8 @@ class Store:
 
     def touch(self, documents: Sequence[Document]) -> None:
         """Store the metadata of documents whose content is stored already."""
+        if not documents:
+            return
         values = [(_metadata(d), d.id) for d in documents]
         with self.writing(), self._errors(), self._transaction():
             self._db.executemany("UPDATE documents SET metadata = ?1 WHERE id = ?2 AND metadata <> ?1", values)
@@ -429,14 +423,13 @@ class Store:
     def delete(self, ids: Sequence[str]) -> int:
         """Remove documents in one step; ids that are not stored are ignored. Returns how many were removed."""
         with self.writing(), self._errors():
-            before = len(self)
             with self._transaction():
-                dead = self._forget(ids)
+                removed, dead = self._forget(ids)
                 generation = _next() if dead else self.generation  # nothing removed: what was derived is still good
                 self._db.execute("UPDATE state SET generation = ?", (generation,))
             self.generation = generation
             self.alive[dead] = False
-            return before - len(self)
+            return removed
 
     def compact(self) -> None:
         """Rewrite the vectors without dead rows."""
@@ -453,19 +446,20 @@ class Store:
                         blocks.append((start, len(block), zlib.crc32(block.data)))
                     file.flush()
                     os.fsync(file.fileno())
+                with self._transaction():
+                    # Rows only move down, in rising order, so no update meets a row that is still in use.
+                    self._db.executemany(
+                        "UPDATE passages SET row = ? WHERE row = ?", ((n, int(row)) for n, row in enumerate(rows))
+                    )
+                    self._db.execute("DELETE FROM blocks")
+                    self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
+                    self._db.execute(
+                        "UPDATE state SET file = ?, rows = ?, generation = ?", (new.name, len(rows), generation)
+                    )
             except BaseException:
-                new.unlink(missing_ok=True)
+                if self._committed() != generation:
+                    new.unlink(missing_ok=True)
                 raise
-            with self._transaction():
-                # Rows only move down, in rising order, so no update meets a row that is still in use.
-                self._db.executemany(
-                    "UPDATE passages SET row = ? WHERE row = ?", ((n, int(row)) for n, row in enumerate(rows))
-                )
-                self._db.execute("DELETE FROM blocks")
-                self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
-                self._db.execute(
-                    "UPDATE state SET file = ?, rows = ?, generation = ?", (new.name, len(rows), generation)
-                )
             self.refresh()
             for old in self.folder.glob("vectors-*.bin"):  # the last one, and what a killed compaction left
                 if old != self._path:
@@ -484,7 +478,7 @@ class Store:
         """
         path = self.folder / f"{kind}-{of or self.generation}"
         if not path.exists():
-            for old in self.folder.glob(f"{kind}-*"):
+            for old in (*self.folder.glob(f"{kind}-*"), *self.folder.glob(f".{kind}-*")):  # or killed while writing
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         return path
 
@@ -496,14 +490,14 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def _forget(self, ids: Sequence[str]) -> list[int]:
-        """Drop documents and their passages; returns the rows that are dead now."""
-        dead: list[int] = []
+    def _forget(self, ids: Sequence[str]) -> tuple[int, list[int]]:
+        """Drop documents and their passages; returns how many documents there were, and the rows that are dead now."""
+        removed, dead = 0, []
         for name in ids:
             gone = self._db.execute("DELETE FROM passages WHERE document = ? RETURNING row", (name,)).fetchall()
             dead += [row for (row,) in gone]
-            self._db.execute("DELETE FROM documents WHERE id = ?", (name,))
-        return dead
+            removed += self._db.execute("DELETE FROM documents WHERE id = ?", (name,)).rowcount
+        return removed, dead
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
