@@ -139,7 +139,7 @@ def test_init_and_info(run, base_folder, indexed, tmp_path):
 
 def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkpoint, tmp_path):
     with corpus.open("a") as file:
-        file.write("{broken\n" + json.dumps({"_id": "last", "text": "the last one"}) + "\n")
+        file.write("{broken\n" + json.dumps({"_id": "last", "text": "the last one"}) + '\n{"\\u001b]0;mine": 1}\n')
     code, _, error = run("index", corpus, tmp_path / "i", "-c", checkpoint)
     assert code == 2
     assert error.count("\n") == 1
@@ -149,8 +149,9 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
     code, output, error = run("index", corpus, tmp_path / "i", "-c", checkpoint, "--skip-bad", "--json")
     assert code == 0
     assert "skipped" in error
+    assert "\x1b" not in error
     assert json.loads(output) == {
-        "added": 1, "updated": 0, "unchanged": 6, "skipped": 1, "documents": 7, "passages": 7
+        "added": 1, "updated": 0, "unchanged": 6, "skipped": 2, "documents": 7, "passages": 7
     }  # fmt: skip
 
 
@@ -160,6 +161,11 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
         (["index", "nowhere", "i"], "nowhere: no such file or folder"),
         (["search", "nowhere", "q"], "nowhere: no index here"),
         (["search", "nowhere", "q", "--direct", "--samples", 8], "--direct does not think"),
+        (["search", "nowhere", "q", "--direct", "--max-new-tokens", 8], "--direct does not think"),
+        (["search", "x" * 300, "q"], "not a usable path"),
+        (["info", "x" * 300], "not a usable path"),
+        (["index", "nowhere", "i", "--workers", 2], "--workers is for --engine ray"),
+        (["eval", "x", "--mteb-output", "r"], "--mteb-output is for --mteb"),
         (["info", "nowhere"], "nowhere: no such folder"),
         (["embed", "x", "-c", "nowhere"], "nowhere: no such folder"),
         (["eval", "nowhere", "--modes", "bm25"], "nowhere: no such folder"),

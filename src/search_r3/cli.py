@@ -75,9 +75,6 @@ def main() -> None:
     except SearchR3Error as error:
         err.print(f"[bold red]error:[/bold red] {escape(plain(str(error)))}")
         sys.exit(2)
-    except BrokenPipeError:  # `search-r3 ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -142,6 +139,8 @@ def index(
     """
     if engine is Engine.ray:
         need("ray", "--engine ray")
+    elif workers is not None:
+        raise DataError("--workers is for --engine ray: add that, or leave it out")
     from search_r3.corpus import Fields, read_documents
     from search_r3.passages import Splitting
 
@@ -158,7 +157,7 @@ def index(
 
     def skip(error: DataError) -> None:
         bad.append(str(error))
-        err.print(f"[yellow]skipped:[/yellow] {escape(str(error))}")
+        err.print(f"[yellow]skipped:[/yellow] {escape(plain(str(error)))}")
 
     documents = read_documents(corpus, Fields(id_field, text_field, title_field), skip if skip_bad else None)
     first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
@@ -244,10 +243,10 @@ def search(
 ) -> None:
     """Search an index; the model's reasoning streams before the hits.
 
-    Example:  search-r3 search notes-index "how do I renew the certificate?" --hybrid
+    Example:  search-r3 search notes-index "how do I renew the certificate?" --direct --hybrid
     """
-    if reason is False and (samples > 1 or fuse is not None or gate is not None):
-        raise DataError("--direct does not think: leave it out, or leave out --samples, --fuse and --gate")
+    if reason is False and (samples > 1 or fuse is not None or gate is not None or max_new_tokens is not None):
+        raise DataError("--direct does not think: leave it out, or --samples, --fuse, --gate and --max-new-tokens")
     reason = reason is not False
     structure = index_kind(kind, qdrant)
     from search_r3.index.store import Store

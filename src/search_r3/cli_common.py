@@ -85,7 +85,8 @@ def check_writable(option: str, path: Path, endings: Sequence[str] = ()) -> None
     """Raises DataError for a file that could not be written, before the work is done."""
     if endings and path.suffix not in endings:
         raise DataError(f"{option} {path}: must end in {', '.join(endings[:-1])} or {endings[-1]}")
-    if not path.name or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    special = path.exists() and not path.is_file()  # a folder, or a device
+    if not path.name or special or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise DataError(f"{option} {path}: cannot be written; name a file in a folder that exists and is yours")
 
 

@@ -69,9 +69,10 @@ def info(
 
     Example:  search-r3 info default
     """
+    from search_r3.files import given_path
     from search_r3.index.store import MANIFEST, Store
 
-    if (Path(folder) / MANIFEST).is_file():
+    if given_path(Path(folder) / MANIFEST).is_file():
         with Store.open(Path(folder)) as store:
             facts = store.manifest.model_dump() | {
                 "documents": len(store), "passages": store.passages, "rows": store.rows,

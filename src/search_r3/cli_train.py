@@ -133,7 +133,7 @@ def rl(
 
 def _say_dropped(dropped: Any, json_: bool) -> None:
     for reason, count in [] if json_ else dropped.counts.most_common():
-        err.print(f"left out: {count:,} ({escape(f'{reason}; e.g. {dropped.samples[reason][0]}')})")
+        err.print(f"left out: {count:,} ({escape(plain(f'{reason}; e.g. {dropped.samples[reason][0]}'))})")
 
 
 def _say_done(folder: Path, json_: bool) -> None:

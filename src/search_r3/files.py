@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from search_r3.errors import DataError
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it
 
 
 def cache_home() -> Path:
@@ -34,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -51,14 +55,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not. Its files
     are on the disk before: a power cut does not leave a folder of which parts are missing.
 
-    Raises FileExistsError if `path` exists and is not an empty folder.
+    Raises FileExistsError if `path` exists and is not an empty folder, and OSError where another disk is mounted there.
     """
+    path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already")
+    if path.is_mount():
+        raise OSError(errno.EBUSY, "a disk is mounted there; name a folder inside it", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        os.chmod(temporary, 0o755)
+        os.chmod(temporary, 0o777 & ~_UMASK)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():

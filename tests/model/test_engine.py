@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from search_r3.model.checkpoint import initialise
 from search_r3.model.embedding import embed
 from search_r3.model.prompts import SystemPrompts
 from search_r3.model.reasoning import control_ids
+from search_r3.serve.app import _check_tokens
 from tests.conftest import TEXTS, build_base
 
 
@@ -128,6 +130,9 @@ def test_control_tokens_that_are_not_called_special_stay_text_too(tmp_path, base
     assert not {thinking, token} & set(ids)
     assert word in engine.plain_ids(["a tarball"])[0]
     assert thinking not in control_ids(engine)  # a model may think aloud
+    served = SimpleNamespace(retriever=SimpleNamespace(model=SimpleNamespace(engine=engine)))
+    with pytest.raises(DataError, match=f"token {thinking} is a control token"):
+        _check_tokens(served, [[word, thinking]])
 
 
 def test_a_very_long_text_is_cut_not_refused(model):

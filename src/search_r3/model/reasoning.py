@@ -99,10 +99,7 @@ def reason(
         for start in range(0, len(order), prompts_at_once):
             prompts = order[start : start + prompts_at_once]
             rows = [
-                _Row(
-                    number,
-                    sampling.draws(number),
-                )
+                _Row(number, sampling.draws(number))
                 for prompt in prompts
                 for number in range(prompt * samples, (prompt + 1) * samples)
             ]

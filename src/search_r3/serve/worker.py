@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -247,10 +248,16 @@ class Worker:
         """Whether so many texts more would be accepted now; where none wait, as many as a request may hold."""
         return self.alive and (not self.waiting or self.waiting + size <= self.settings.queue)
 
-    def _room(self, size: int) -> _Room:
+    @contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """Holds texts' places in the queue."""
         if not self.room(size):
             raise BusyError
-        return _Room(self, size)
+        self.waiting += size
+        try:
+            yield
+        finally:
+            self.waiting -= size
 
     async def _submit(self, job: Job) -> Any:
         with self._more:
@@ -291,7 +298,7 @@ class Worker:
             self._embed(model, [job for job in embeds if job.model is model])
         for job in taken:
             if isinstance(job, Call) and self._begin(job):
-                with _Failing([job]):
+                with _failing([job]):
                     job.future.set_result(job.function())
 
     def _begin(self, job: Job) -> bool:
@@ -306,14 +313,14 @@ class Worker:
         tails: list[list[list[int]]] = []
         ready: list[Embed] = []
         for job in jobs:
-            with _Failing([job]):
+            with _failing([job]):
                 tails.append(job.tails())
                 ready.append(job)
         everything = [tail for part in tails for tail in part]
         if not everything:
             return
         suffix = len(model.engine.suffix_ids("embed"))
-        with _Failing(ready):
+        with _failing(ready):
             started = time.monotonic()
             vectors = model.engine.encode(everything, "embed")
             self._observe("embed", everything, time.monotonic() - started)
@@ -348,7 +355,7 @@ class Worker:
             if len(job.found) == samples:
                 job.future.set_result(([job.found[n] for n in range(samples)], read[row // samples]))
 
-        with _Failing(jobs):
+        with _failing(jobs):
             started = time.monotonic()
             longest = model.manifest.max_tokens.query
             read = [min(len(ids), longest) for ids in model.engine.plain_ids([job.text for job in jobs])]
@@ -373,33 +380,12 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-@dataclass(slots=True)
-class _Room:
-    """Holds texts' places in the queue."""
-
-    worker: Worker
-    size: int
-
-    def __enter__(self) -> None:
-        self.worker.waiting += self.size
-
-    def __exit__(self, *_: object) -> None:
-        self.worker.waiting -= self.size
-
-
-@dataclass(slots=True)
-class _Failing:
+@contextmanager
+def _failing(jobs: Sequence[Job]) -> Iterator[None]:
     """Hands an exception to the jobs that it befell; the worker lives on."""
-
-    jobs: Sequence[Job]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is None:
-            return False
-        for job in self.jobs:
+    try:
+        yield
+    except BaseException as error:
+        for job in jobs:
             if not job.future.done():
                 job.future.set_exception(error)
-        return True
