@@ -193,7 +193,7 @@ def index(
         print_json(report)
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
-        out.print(f"Search it with: search-r3 search {escape(str(folder))}")
+        out.print(f"Search it with: search-r3 search {escape(str(folder))} --direct --hybrid")
 
 
 def _encoder(
@@ -236,7 +236,7 @@ def search(
     ] = None,
     precision: Arithmetic = Precision.auto,
     device: Device = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of reasoning tokens.", min=1)] = None,
     prompt_file: PromptFile = None,
     embed_token: EmbedToken = None,
     json_: Json = False,

@@ -49,7 +49,7 @@ Checkpoint = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Arithmetic = Annotated[Precision, typer.Option(help="int8: smaller and faster on CPUs, slightly less exact.")]
 Samples = Annotated[
-    int, typer.Option(help="Think so often about each query and take the mean of the vectors.", min=1, max=64)
+    int, typer.Option(help="Reason this many times about each query and average the vectors.", min=1, max=64)
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
 Dims = Annotated[int | None, typer.Option(help="Keep only the first components of each vector.")]

@@ -53,7 +53,7 @@ def eval_(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First queries only.", min=1)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Cut documents at this length.", min=1)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to think.", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of reasoning tokens.", min=1)] = None,
     samples: Samples = 1,
     fuse: Annotated[
         float | None,

@@ -80,7 +80,7 @@ def run_demo(model: SearchR3, out: Console | None, show_hits: Callable[[str, lis
     if out:
         out.print(*rich_tables(report))
         out.print(f"\nAll of it took {seconds:.0f} s. Now try your own files:")
-        out.print("    search-r3 index FOLDER my-index\n    search-r3 search my-index")
+        out.print("    search-r3 index FOLDER my-index\n    search-r3 search my-index --direct --hybrid")
     scores = {mode: values["nDCG@10"] for mode, values in report["average"].items()}
     return {"seconds": seconds, "encoded": added.added, "answers": answers, "nDCG@10": scores}
 
