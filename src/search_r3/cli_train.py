@@ -232,7 +232,7 @@ def bootstrap(
     precision: Arithmetic = Precision.auto,
     device: Device = None,
     split: Annotated[str, typer.Option(help="Which judgements.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="So many queries, drawn at random.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many queries, drawn at random.", min=1)] = None,
     documents: Annotated[
         int | None, typer.Option(help="Cut the corpus to so many documents, the relevant ones first.", min=1)
     ] = None,
@@ -261,9 +261,9 @@ def bootstrap(
     if quote:
         from search_r3.train import bootstrap as bootstrapping
 
-        report = {
-            "queries": bootstrapping.quote(dataset, output, split=split, limit=limit, words=max_new_tokens * 2 // 3)
-        }
+        words = max_new_tokens * 2 // 3
+        count = bootstrapping.quote(dataset, output, split=split, limit=limit, seed=seed, words=words)
+        report = {"queries": count}
         print_json(report) if json_ else out.print_json(data=report)
         return
     model = load_model(checkpoint, precision, device)

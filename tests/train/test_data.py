@@ -5,7 +5,7 @@ import pytest
 
 from search_r3.errors import DataError, TrainingError
 from search_r3.train.config import read_recipe
-from search_r3.train.data import load_examples, plan, read_held_out
+from search_r3.train.data import fingerprint, load_examples, plan, read_held_out
 from search_r3.train.rl_config import read_rl_recipe
 from tests.train.conftest import RECIPE, write_set
 
@@ -124,6 +124,36 @@ def test_an_answer_is_no_negative_where_the_query_is_asked_again(root):
     assert [passage.text for passage in first.negatives] == ["Cyd"]
     assert dropped.counts == Counter({"duplicate": 1, "negative answers the same query elsewhere": 1})
     assert other.relevant == {other.positive.id}
+
+
+@pytest.mark.parametrize("only", ["only_thoughts: true, thoughts: thoughts.jsonl", "limit: 1"])
+def test_answers_of_queries_that_are_left_out_are_no_negatives_either(root, only):
+    queries = root / "train" / "queries.jsonl"
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    lines[1]["text"] = lines[0]["text"]  # q0 has d1 among its negatives, and a thought; q1 has none
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (examples,), _ = load(recipe_for(f"sources=[{{path: train, negatives: mined.jsonl, {only}}}]"), root)
+    first = next(example for example in examples if example.id == "q0")
+    assert first.relevant == {"d0", "d1"}
+    assert [passage.id for passage in first.negatives] == ["d6"]
+
+
+def test_a_test_document_is_found_under_a_title_of_the_training_set(root):
+    write_set(root / "held", 1)
+    held = root / "held" / "queries.jsonl"
+    held.write_text('{"_id": "q0", "text": "another question"}\n')
+    corpus = root / "train" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace('"title": ""', '"title": "Page"'))
+    (examples,), dropped = load(recipe_for("held_out=[held]"), root)
+    assert dropped.counts == Counter({"positive is in held": 1})
+    assert "q0" not in {example.id for example in examples}
+
+
+def test_the_hash_of_records_is_the_same_wherever_they_lie(root, tmp_path, monkeypatch):
+    (root / "pairs.jsonl").write_text('{"query": "a", "positive": "p"}\n')
+    recipe = recipe_for("sources=[{path: pairs.jsonl}]")
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(load(recipe, root)[0]) == fingerprint(load(recipe, root.relative_to(tmp_path))[0])
 
 
 def test_queries_without_a_usable_positive_are_dropped_and_named(root):

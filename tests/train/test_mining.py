@@ -1,8 +1,10 @@
 import json
 
 import numpy as np
+import pytest
 
 from search_r3 import SearchR3
+from search_r3.errors import DataError
 from search_r3.model.checkpoint import initialise
 from search_r3.records import Reasoned, Status
 from search_r3.train.bootstrap import Sampling, bootstrap, quote, whole
@@ -110,3 +112,5 @@ def test_quotations_are_the_title_and_the_sentence_nearest_to_the_query(root):
     (root / "train" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
     assert quote(root / "train", root / "quotes.jsonl", words=3) == 2
     assert _thoughts(root / "quotes.jsonl") == {"q0": "gzip: See gzip", "q1": "two words more"}
+    with pytest.raises(DataError, match=r"quotes\.jsonl: exists already"):
+        quote(root / "train", root / "quotes.jsonl")

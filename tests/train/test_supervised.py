@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from search_r3 import SearchR3
-from search_r3.errors import TrainingError
-from search_r3.train.run import METRICS, RUN, DevTest, check_sharding, claim, keep_until, latest
+from search_r3.errors import CheckpointError, DataError, TrainingError
+from search_r3.model.checkpoint import MANIFEST
+from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -95,6 +96,7 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     assert model.manifest.parent is not None
     noted = json.loads((tmp_path / "run" / RUN).read_text())
     parent = model.manifest.parent.model_dump()
+    assert parent == json.loads((tmp_path / "run" / "initial" / MANIFEST).read_text())["parent"]
     assert [made.model_dump() for made in model.manifest.training] == [
         {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")} | {"parent": parent}
     ]
@@ -229,7 +231,10 @@ def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path, sha
 
 
 def test_ways_of_sharding_that_are_not_supported_are_refused(monkeypatch):
-    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    arguments = SimpleNamespace(n_gpu=2, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(TrainingError, match="2 GPUs and one process: take all with accelerate launch"):
+        check_sharding(arguments)
+    arguments.n_gpu = 1
     with pytest.raises(TrainingError, match="ZeRO stage 3 is not supported; take stage 2"):
         check_sharding(arguments)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -267,6 +272,23 @@ def test_a_log_is_split_at_the_ends_of_its_lines_only(tmp_path):
     log.write_text(first + '{"step": 2}\n{"st', encoding="utf-8")
     keep_until(log, 1)
     assert log.read_text(encoding="utf-8") == first
+
+
+def test_a_run_killed_before_its_first_checkpoint_tells_its_beginning_once(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "dev_ndcg10": 0.5}\n{"step": 1, "loss": 1.0}\n')
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True, save_steps=10, logging_steps=10)
+    Track(log).on_train_begin(SimpleNamespace(save_steps=2, logging_steps=1), state, None)
+    assert log.read_text() == ""
+    assert (state.save_steps, state.logging_steps) == (2, 1)  # of the recipe that it goes on with
+
+
+def test_nothing_is_claimed_for_a_model_or_a_dev_set_that_does_not_exist(recipe, root, tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        prepare(recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["nowhere"]})}), root)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(prepare(recipe.model_copy(update={"model": "./typo"}), root), root, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):

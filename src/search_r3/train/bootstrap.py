@@ -125,13 +125,18 @@ def _drawn(collection: Collection, limit: int | None, seed: int) -> Collection:
     return replace(collection, queries=[collection.queries[n] for n in sorted(order.tolist())])
 
 
-def quote(folder: Path, output: Path, *, split: str = "train", limit: int | None = None, words: int = 32) -> int:
+def quote(
+    folder: Path, output: Path, *, split: str = "train", limit: int | None = None, seed: int = 0, words: int = 32
+) -> int:
     """Write a record `{"query_id", "thought"}` a query: its document's title and the sentence nearest to the query.
 
-    To learn to write what an answer would say; no model is asked. words: most words of a quotation. Returns how many.
+    To learn to write what an answer would say; no model is asked. limit: so many queries, drawn at random. words: most
+    words of a quotation. Returns how many. Raises DataError where `output` exists.
     Source: Mao et al., 2021 (arXiv 2009.08553), who train a generator on answers, sentences and titles.
     """
-    collection = load_collection(folder, split, limit)
+    if output.exists():
+        raise DataError(f"{output}: exists already; quotations are made in one go: remove it or name another file")
+    collection = _drawn(load_collection(folder, split), limit, seed)
     documents = {document.id: document for document in collection.documents}
     lines = []
     for query in collection.queries:

@@ -28,6 +28,13 @@ class Passage:
     """Unique within its source."""
     text: str
     """Title and body, as it is embedded."""
+    body: str = field(default="", repr=False)
+    """Without the title, where it has one."""
+
+    @property
+    def keys(self) -> set[str]:
+        """Its `key` with title and without."""
+        return {key(text) for text in (self.text, self.body) if text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +94,37 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
     queries, documents = held_out.queries, held_out.documents
     dropped, result = Dropped(), []
     for source in sources:
-        kept, seen, keys = [], set(), {}
+        kept: list[Example] = []
+        seen: set[tuple[str, str]] = set()
+        tests: dict[str, str | None] = {}  # by passage: which test set has it
+        whole = (root / source.path).is_dir()  # read to its end in any case, for all answers
         answers: dict[str, frozenset[str]] = {}  # by the text, not by `key`: `ls -l` is not `ls -L`
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
             answers[example.query] = answers.get(example.query, frozenset()) | example.relevant
+            if len(kept) == source.limit:
+                if whole:
+                    continue
+                break
+            if source.only_thoughts and not example.thought:
+                continue
             for passage in (example.positive, *example.negatives):
-                if passage.id not in keys:
-                    keys[passage.id] = key(passage.text)
-            pair = key(example.query), keys[example.positive.id]
+                if passage.id not in tests:
+                    tests[passage.id] = next((documents[k] for k in sorted(passage.keys) if k in documents), None)
+            pair = key(example.query), key(example.positive.text)
             if pair in seen:
                 dropped.add("duplicate", name)
             elif pair[0] in queries:
                 dropped.add(f"query is in {queries[pair[0]]}", name)
-            elif pair[1] in documents:
-                dropped.add(f"positive is in {documents[pair[1]]}", name)
+            elif (test := tests[example.positive.id]) is not None:
+                dropped.add(f"positive is in {test}", name)
             else:
                 seen.add(pair)
                 for passage in example.negatives:
-                    if keys[passage.id] in documents:
-                        dropped.add(f"negative is in {documents[keys[passage.id]]}", f"{name}:{passage.id}")
-                hard = tuple(passage for passage in example.negatives if keys[passage.id] not in documents)
+                    if (test := tests[passage.id]) is not None:
+                        dropped.add(f"negative is in {test}", f"{name}:{passage.id}")
+                hard = tuple(passage for passage in example.negatives if tests[passage.id] is None)
                 kept.append(replace(example, negatives=hard))
-                if len(kept) == source.limit:
-                    break
         if not kept:
             raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
         result.append([_with_answers(example, answers[example.query], dropped) for example in kept])
@@ -178,17 +192,14 @@ def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
     if source.titles:
         examples = _from_titles(source, root, dropped)
     elif source.path.startswith("hf://"):
-        examples = _from_records(source.path)
+        examples = _from_records(source.path, source.path)
     elif (root / source.path).is_dir():
         examples = _from_beir(source, root, dropped)
     else:
-        examples = _from_records(str(root / source.path))
+        examples = _from_records(source.path, str(root / source.path))
     thoughts = _thoughts(_made(root, source.thoughts, source, "bootstrap")) if source.thoughts else {}
     for example in examples:
-        if example.id in thoughts:
-            yield replace(example, thought=thoughts[example.id])
-        elif example.thought or not source.only_thoughts:
-            yield example
+        yield replace(example, thought=thoughts[example.id]) if example.id in thoughts else example
 
 
 def _made(root: Path, name: str, source: Source, command: str) -> Path:
@@ -250,10 +261,10 @@ def _from_titles(source: Source, root: Path, dropped: Dropped) -> Iterator[Examp
 
 
 def _passage(document: Document) -> Passage:
-    return Passage(document.id, document.content)
+    return Passage(document.id, document.content, document.text if document.title else "")
 
 
-def _from_records(path: str) -> Iterator[Example]:
+def _from_records(name: str, path: str) -> Iterator[Example]:
     """Records with a query, its positives and perhaps negatives, under the names that the field uses."""
     for number, (where, record) in enumerate(read_records(path)):
         query = _texts(where, record, ("query", "anchor", "question"))
@@ -267,7 +278,7 @@ def _from_records(path: str) -> Iterator[Example]:
         if not isinstance(thought, str | None):
             raise DataError(f"{where}: field 'thought' must be a text")
         for passage in right:
-            yield Example(path, str(number), query[0], passage, tuple(wrong), relevant, thought)
+            yield Example(name, str(number), query[0], passage, tuple(wrong), relevant, thought)
 
 
 def _named(text: str) -> Passage:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from search_r3.evaluate.collection import load_all
-from search_r3.train.data import Example, key
+from search_r3.train.data import Example, Passage, key
 
 RUN = 13  # words
 
@@ -43,16 +43,16 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
     words: set[frozenset[str]] = set()
     positives: set[tuple[str, str]] = set()
     negatives: set[tuple[str, str]] = set()
-    texts: dict[tuple[str, str], str] = {}
+    passages: dict[tuple[str, str], Passage] = {}
     for source in sources:
         for example in source:
             asked.add(key(example.query))
             words.add(_bag(example.query))
             positives.add((example.source, example.positive.id))
             negatives.update((example.source, passage.id) for passage in example.negatives)
-            texts |= {(example.source, passage.id): passage.text for passage in (example.positive, *example.negatives)}
+            passages |= {(example.source, passage.id): passage for passage in (example.positive, *example.negatives)}
     by_role = {"positive": positives, "negative": negatives}
-    known = {role: {key(texts[name]) for name in names} for role, names in by_role.items()}
+    known = {role: {k for name in names for k in passages[name].keys} for role, names in by_role.items()}
     collections = {collection.name: collection for collection in load_all(folders, split)}
     result: dict[str, Overlap] = {}
     runs: dict[tuple[str, ...], set[tuple[str, str]]] = {}
@@ -73,7 +73,7 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
             if not exact:
                 for run in _runs(document.content):
                     runs.setdefault(run, set()).add((name, document.id))
-    shared = {owner for text in texts.values() for run in _runs(text) for owner in runs.get(run, ())}
+    shared = {owner for passage in passages.values() for run in _runs(passage.text) for owner in runs.get(run, ())}
     for name, found in sorted(shared):
         result[name].shared_run.append(found)
     return result

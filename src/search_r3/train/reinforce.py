@@ -28,7 +28,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
-from search_r3.evaluate.collection import cut, load_collection
+from search_r3.evaluate.collection import cut, load_all, load_collection
+from search_r3.model.checkpoint import resolve
 from search_r3.model.engine import Engine
 from search_r3.records import Document
 from search_r3.train.config import Source
@@ -103,10 +104,11 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         asked = [query for query in collection.queries if query.id in names]
         allowed = []
         for document in collection.documents:
-            if (name := held_out.documents.get(key(document.content))) is None:
+            keys = {key(document.content), key(document.text)} & held_out.documents.keys()
+            if not keys:
                 allowed.append(document)
             else:
-                dropped.add(f"document is in {name}", f"{source.path}:{document.id}")
+                dropped.add(f"document is in {held_out.documents[min(keys)]}", f"{source.path}:{document.id}")
         collection = cut(replace(collection, queries=asked, documents=allowed), None, source.documents)
         known = {document.id for document in collection.documents}
         relevant = {example.id: example.relevant for example in found}  # those of the same text, asked again, too
@@ -115,6 +117,7 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
             judged = judged | {d: judged.get(d) or 1 for d in sorted(relevant[name])}
             qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
         streams.append(list(names.values()))
+    load_all([root / name for name in recipe.dev.sets])
     if len(documents) < recipe.environment.k:
         raise TrainingError(f"the sources hold {len(documents)} documents, fewer than environment.k; lower it")
     return PreparedRL(recipe, documents, qrels, queries, dropped, _plan(streams, recipe))
@@ -160,6 +163,7 @@ def train(
     if under_fsdp() and recipe.backend != "ours":
         raise TrainingError(f"backend {recipe.backend} does not write with sharded weights; take backend: ours")
     with state.main_process_first():
+        resolve(recipe.model)  # nothing is claimed for a model that does not exist
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
             claim(output, "rl", recipe.model_dump(), prepared.fingerprint, notes, resume, change)

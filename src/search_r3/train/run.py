@@ -141,7 +141,12 @@ def under_fsdp() -> bool:
 
 
 def check_sharding(arguments: TrainingArguments) -> None:
-    """Raises TrainingError for ways of sharding that are not supported, before anything is written."""
+    """Raises TrainingError for ways to use several GPUs that are not supported, before anything is written."""
+    if arguments.n_gpu > 1:  # the Trainer would copy the model to each and split our packed batches
+        raise TrainingError(
+            f"{arguments.n_gpu} GPUs and one process: take all with accelerate launch -m search_r3 train ..., or one "
+            "with CUDA_VISIBLE_DEVICES=0"
+        )
     plugin = arguments.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise TrainingError(
@@ -168,7 +173,8 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
                 with quiet():
                     merged = get_peft_model(merged, adapters["default"])
             merged.load_state_dict({part: weights[part] for part in trained}, strict=False)
-        parent = Parent(source=name, weights_sha256=manifest.weights_sha256)
+        initial = (output / "initial").exists()  # see `load_model`; its parent is the model named
+        parent = manifest.parent if initial else Parent(source=name, weights_sha256=manifest.weights_sha256)
         save(
             output / FINAL,
             merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged,
@@ -215,8 +221,10 @@ class Track(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer takes these from the checkpoint, whatever the recipe says now.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
         if state.is_world_process_zero:
-            keep_until(self.path, state.global_step)
+            keep_until(self.path, state.global_step or -1)  # what precedes the first step is logged again
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

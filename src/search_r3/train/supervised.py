@@ -22,6 +22,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
+from search_r3.evaluate.collection import load_all
 from search_r3.model.checkpoint import Manifest, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
@@ -60,6 +61,7 @@ class Prepared:
 def prepare(recipe: Recipe, root: Path) -> Prepared:
     """Read and check all data. Raises DataError or TrainingError before anything is computed."""
     sources, dropped = load_examples(recipe.sources, read_held_out(recipe.held_out, root), root)
+    load_all([root / name for name in recipe.dev.sets])
     return Prepared(recipe, sources, dropped, plan(sources, recipe))
 
 
@@ -89,6 +91,7 @@ def train(
             "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
         )
     with state.main_process_first():
+        resolve(recipe.model)  # nothing is claimed for a model that does not exist
         if state.is_main_process:
             dropped = {"dropped": dict(prepared.dropped.counts), "samples": prepared.dropped.samples}
             claim(output, "sft", recipe.model_dump(), fingerprint(prepared.sources), dropped, resume, change)
@@ -103,9 +106,7 @@ def train(
         trained = _with_adapter(model, recipe, manifest)
         lighten(trained, recipe.precision)
     elif recipe.loss.kl:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
-    if reference is not None:
-        reference.to(arguments.device)
+        reference = copy.deepcopy(model).eval().requires_grad_(False).to(arguments.device)
     batch = recipe.batch
     collator = Collator(
         engine,

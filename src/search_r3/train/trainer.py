@@ -36,18 +36,21 @@ class SupervisedTrainer(Trainer):
         if reference is not None:
             self._forward.watch(reference)
         self._terms: dict[str, list[float]] = {}
-        self._clock = time.perf_counter()
+        self._seconds = 0.0
+        self.sharded = sharded(self.accelerator)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, forward and backward. Raises TrainingError for both where memory is too small."""
+        started = time.perf_counter()
         try:
-            step: Tensor = super().training_step(*args, **kwargs)
-            return step
+            loss: Tensor = super().training_step(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of memory in step {self.state.global_step + 1}; halve batch.chunk_tokens "
                 f"(now {self.recipe.batch.chunk_tokens}), which changes no result"
             ) from error
+        self._seconds += time.perf_counter() - started
+        return loss
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -106,11 +109,6 @@ class SupervisedTrainer(Trainer):
         self.accelerator.backward(loss)
         state._set_sync_gradients(due)
 
-    @property
-    def sharded(self) -> bool:
-        """See `run.sharded`."""
-        return sharded(self.accelerator)
-
     def _even(self, parts: list[list[int]]) -> list[list[int]]:
         """As many chunks as the process with the most has, the added ones empty."""
         if not self.sharded:
@@ -148,11 +146,8 @@ class SupervisedTrainer(Trainer):
     ) -> Tensor:
         """SFT and KL terms of one chunk, weighted, as its share of the step's means."""
         weights, count = self.recipe.loss, len(output.targets)
-        loss = (
-            0.0 * output.logits.float().sum()
-        )  # every parameter takes part in every pass, as distributed training needs
-        if not count and not (weights.kl and self.sharded):
-            return loss
+        # Every parameter takes part in every pass, as distributed training needs.
+        loss = 0.0 * output.logits.float().sum()
         if weights.sft and count:
             nll = sft_nll(output.logits, output.targets) * (count / learned)
             loss = loss + weights.sft * nll
@@ -238,11 +233,10 @@ class SupervisedTrainer(Trainer):
         self._terms.setdefault("tokens", []).append(sum(len(turn.ids) for turn in batch.turns))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the terms since the last time, and tokens a second of this process."""
+        """Add the means of the terms since the last time, and tokens a second of this process's steps."""
         if "loss" in logs and self._terms:
-            now = time.perf_counter()
             tokens = sum(self._terms.pop("tokens"))
             logs = logs | {name: sum(values) / len(values) for name, values in self._terms.items()}
-            logs["tokens_per_s"] = tokens / (now - self._clock)
-            self._terms, self._clock = {}, now
+            logs["tokens_per_s"] = tokens / self._seconds
+            self._terms, self._seconds = {}, 0.0
         super().log(logs, *args, **kwargs)
