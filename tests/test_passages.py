@@ -31,6 +31,7 @@ def test_overlap_and_whole_documents():
     assert len(parts) > 3
     for (_, end), (start, _) in itertools.pairwise(parts):
         assert start < end
+        assert text[start].isspace() or text[start - 1].isspace()
     for start, end in parts:
         assert len(TOKENIZER(text[start:end], add_special_tokens=False)["input_ids"]) <= 22
 

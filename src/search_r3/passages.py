@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from search_r3.records import Document
+
+_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class Splitting:
 def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[tuple[int, int]]:
     """Character ranges [start, end) of the document's passages, in order; they cover its whole body.
 
+    A passage begins with a whole word where the one before, which it overlaps, has the rest of that word.
     tokenizer: a fast tokenizer (it must know the character offsets of its tokens).
     """
     text = document.text
@@ -39,9 +43,12 @@ def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[
         yield 0, len(text)
         return
     step = splitting.tokens - splitting.overlap
+    end = 0
     for first in range(0, len(offsets) - splitting.overlap, step):
         last = min(first + splitting.tokens, len(offsets)) - 1
         start = offsets[first][0] if first else 0
+        if start < end and not text[start - 1].isspace() and (space := _SPACE.search(text, start, end)):
+            start = space.start()
         end = offsets[last][1] if last + 1 < len(offsets) else len(text)
         if text[start:end].strip():
             yield start, end
