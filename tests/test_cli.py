@@ -87,6 +87,28 @@ def test_index_search_and_update(run, corpus, indexed, checkpoint):
     assert (report["unchanged"], report["deleted"], report["documents"]) == (1, 5, 1)
 
 
+def test_search_is_filtered_by_metadata(run, checkpoint, tmp_path):
+    fields = [{"lang": "en", "year": 2024}, {"lang": "de", "year": "2024"}, {"lang": "de", "old": True}]
+    lines = [json.dumps({"_id": f"d{n}", "text": TEXTS[n]} | more) for n, more in enumerate(fields)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    assert run("index", tmp_path / "c.jsonl", tmp_path / "i", "-c", checkpoint)[0] == 0
+
+    def found(*given):
+        options = [option for item in given for option in ("--where", item)]
+        code, output, error = run("search", tmp_path / "i", TEXTS[0], "--direct", "--hybrid", "--json", *options)
+        assert code == 0, error
+        return {hit["id"] for hit in json.loads(output)["hits"]}
+
+    assert found() == {"d0", "d1", "d2"}
+    assert found("lang=de") == {"d1", "d2"}
+    assert found("year=2024") == {"d0", "d1"}
+    assert found("lang=de", "old=true") == {"d2"}
+    assert found("lang=en", "lang=de", "year=2024") == {"d0", "d1"}
+    assert found("year=" + "9" * 40) == set()
+    code, _, error = run("search", tmp_path / "i", "q", "--where", "lang")
+    assert (code, "--where lang: must be FIELD=VALUE" in error) == (2, True)
+
+
 def test_search_reads_queries_from_standard_input(run, indexed, monkeypatch):
     import io
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -229,6 +230,10 @@ def search(
         typer.Option(help="Reason only where the best direct hit leads the second by less than this.", min=0, max=2),
     ] = None,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Add BM25: words count, too.")] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE: only documents with this metadata; of one field given again, any value."),
+    ] = None,
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
     checkpoint: Annotated[
@@ -247,7 +252,7 @@ def search(
     """
     if reason is False and (samples > 1 or fuse is not None or gate is not None or max_new_tokens is not None):
         raise DataError("--direct does not think: leave it out, or --samples, --fuse, --gate and --max-new-tokens")
-    reason = reason is not False
+    reason, filters = reason is not False, _filters(where or [])
     structure = index_kind(kind, qdrant)
     from search_r3.index.store import Store
 
@@ -268,6 +273,7 @@ def search(
                 fuse=fuse,
                 gate=gate,
                 hybrid=hybrid,
+                where=filters,
                 max_new_tokens=max_new_tokens,
                 on_text=_stream if streaming else None,
             )
@@ -280,6 +286,21 @@ def search(
                     out.print(Text.assemble(("thought: ", "dim"), (plain(thought.text), "italic cyan")))
                 out.print()
                 _show_hits(text, found.hits)
+
+
+def _filters(given: list[str]) -> dict[str, list[Any]]:
+    """Values of each field, as text and, where they can be one, as a number, true or false."""
+    filters: dict[str, list[Any]] = {}
+    for item in given:
+        field, separator, text = item.partition("=")
+        if not field or not separator:
+            raise DataError(f"--where {item}: must be FIELD=VALUE, such as lang=en")
+        values = filters.setdefault(field, [])
+        values.append(text)
+        with suppress(ValueError):
+            if isinstance(value := json.loads(text), bool | float) or (isinstance(value, int) and abs(value) < 2**63):
+                values.append(value)
+    return filters
 
 
 def _stream(_: int, piece: str) -> None:
