@@ -72,11 +72,11 @@ def info(
     from search_r3.files import given_path
     from search_r3.index.store import MANIFEST, Store
 
-    if given_path(Path(folder) / MANIFEST).is_file():
-        with Store.open(Path(folder)) as store:
+    if (path := given_path(Path(folder) / MANIFEST)).is_file():
+        with Store.open(path.parent) as store:
             facts = store.manifest.model_dump() | {
                 "documents": len(store), "passages": store.passages, "rows": store.rows,
-                "bytes": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()),
+                "bytes": sum(p.stat().st_size for p in path.parent.rglob("*") if p.is_file()),
             }  # fmt: skip
     else:
         from search_r3.errors import CheckpointError

@@ -81,7 +81,7 @@ def sft(
         print_json(report) if json_ else out.print_json(data=report)
         return
     with interruptible(f"what was saved is in {output}; go on with --resume"):
-        folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+        folder = run(prepared, output, resume=resume, change=allow_change, progress=not json_)
     _say_done(folder, json_)
 
 
@@ -127,7 +127,7 @@ def rl(
         print_json(report) if json_ else out.print_json(data=report)
         return
     with interruptible(f"what was saved is in {output}; go on with --resume"):
-        folder = run(prepared, data, output, resume=resume, change=allow_change, progress=not json_)
+        folder = run(prepared, output, resume=resume, change=allow_change, progress=not json_)
     _say_done(folder, json_)
 
 
@@ -173,16 +173,17 @@ def overlap(
 
     need("train", "overlap")
     from search_r3.train.config import read_recipe
+    from search_r3.train.data import load_examples, read_held_out
     from search_r3.train.overlap import markdown, overlaps
-    from search_r3.train.supervised import prepare
 
     check_reports(outputs)
     with loading("reading the data"):
-        prepared = prepare(read_recipe(recipe_file, overrides or []), data)
-        report = overlaps(prepared.sources, tests, split)
+        recipe = read_recipe(recipe_file, overrides or [])
+        sources, dropped = load_examples(recipe.sources, read_held_out(recipe.held_out, data), data)
+        report = overlaps(sources, tests, split)
     names = " ".join(str(path) for path in tests)
-    page = markdown(report, f"search-r3 overlap {recipe_file} {names} --data {data}", dict(prepared.dropped.counts))
-    values = {"left_out": dict(prepared.dropped.counts), "sets": {name: asdict(row) for name, row in report.items()}}
+    page = markdown(report, f"search-r3 overlap {recipe_file} {names} --data {data}", dict(dropped.counts))
+    values = {"left_out": dict(dropped.counts), "sets": {name: asdict(row) for name, row in report.items()}}
     write_reports(outputs or [], values, page)
     print_json(values) if json_ else out.print(Markdown(page))
 
@@ -227,7 +228,9 @@ def mine(
 
 def bootstrap(
     dataset: Annotated[Path, typer.Argument(help="BEIR folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; gone on with where it exists.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL file; gone on with where it exists (not by --quote).")
+    ],
     checkpoint: Checkpoint = "default",
     precision: Arithmetic = Precision.auto,
     device: Device = None,

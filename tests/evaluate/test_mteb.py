@@ -53,6 +53,15 @@ def test_unknown_tasks(model, tmp_path):
         run(model, ["NoSuchTask"], tmp_path)
 
 
+def test_a_split_that_a_task_has_not_is_refused(model, tmp_path):
+    with pytest.raises(DataError, match="--split validation: SciFact is tested on test"):
+        run(model, ["SciFact"], tmp_path, split="validation")
+    folder = write_set(tmp_path / "my-set", 4, split="dev")
+    assert run(model, [str(folder)], tmp_path / "results", split="dev").keys() == {"MySet"}
+    (path,) = (tmp_path / "results").rglob("MySet.json")
+    assert json.loads(path.read_text())["scores"].keys() == {"dev"}
+
+
 def test_two_tasks_of_one_name_are_refused(model, tmp_path):
     folders = [str(write_set(tmp_path / name / "my-set", 2)) for name in "ab"]
     with pytest.raises(DataError, match="a second MySet, whose results would replace the first's"):

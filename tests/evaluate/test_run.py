@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search_r3 import SearchR3
 from search_r3.errors import DataError
 from search_r3.evaluate import baselines, run
 from search_r3.evaluate.collection import DEMO, cut, load_collection
@@ -74,6 +75,12 @@ def test_a_second_run_encodes_nothing_and_a_change_only_what_changed(model, smal
     (result,) = evaluate(model, [small], ["direct"])
     assert (result.encoded, result.documents) == (1, 11)
     assert all("d11" not in top for top in result.modes["direct"].top.values())
+
+
+def test_vectors_of_another_precision_are_not_used(checkpoint, small):
+    for precision in ("float32", "bfloat16"):  # what `auto` is on one device and on another
+        model = SearchR3.from_pretrained(checkpoint, dtype=precision)
+        assert evaluate(model, [small], ["direct"], precision="auto")[0].encoded == 12
 
 
 def test_an_interrupted_evaluation_goes_on(model, small, tmp_path, monkeypatch):

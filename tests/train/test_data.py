@@ -149,6 +149,21 @@ def test_a_test_document_is_found_under_a_title_of_the_training_set(root):
     assert "q0" not in {example.id for example in examples}
 
 
+def test_test_documents_without_a_word_are_equal_to_nothing(root):
+    held = write_set(root / "held", 1)
+    (held / "corpus.jsonl").write_text('{"_id": "d0", "text": "---"}\n')
+    (held / "queries.jsonl").write_text('{"_id": "q0", "text": "..."}\n')
+    (root / "pairs.jsonl").write_text('{"query": "?", "positive": "!"}\n')
+    (examples,), dropped = load(recipe_for("held_out=[held]", "sources=[{path: pairs.jsonl}]"), root)
+    assert (len(examples), dropped.counts) == (1, Counter())
+
+
+def test_a_limit_reads_no_more_records_than_it_takes(root):
+    (root / "pairs.jsonl").write_text('{"query": "a", "positive": "p"}\nbroken\n')
+    (examples,), _ = load(recipe_for("sources=[{path: pairs.jsonl, limit: 1}]"), root)
+    assert len(examples) == 1
+
+
 def test_the_hash_of_records_is_the_same_wherever_they_lie(root, tmp_path, monkeypatch):
     (root / "pairs.jsonl").write_text('{"query": "a", "positive": "p"}\n')
     recipe = recipe_for("sources=[{path: pairs.jsonl}]")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from search_r3 import SearchR3
 from search_r3.environment import Outcome, Relevant
-from search_r3.errors import StoreError, TrainingError
+from search_r3.errors import CheckpointError, StoreError, TrainingError
 from search_r3.records import Episode, Reasoned, Status
 from search_r3.train import rewards
 from search_r3.train.grpo import RetrievalGRPOTrainer, arguments
@@ -59,7 +59,7 @@ def rl(base):
 
 
 def run(recipe, root, output, **options):
-    return train(prepare(recipe, root), root, output, progress=False, **options)
+    return train(prepare(recipe, root), output, progress=False, **options)
 
 
 def log(output):
@@ -340,6 +340,12 @@ def test_a_document_that_a_test_query_should_find_is_nowhere(rl, root):
     assert "train:d0" not in {document.id for document in prepared.documents}
     assert prepared.qrels["train:q9"] == {"train:d9": 1}
     assert "train:q0" not in prepared.queries
+
+
+def test_nothing_is_claimed_for_a_model_that_does_not_exist(rl, root, tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(prepare(rl(model="./typo"), root), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_answers_a_query_answers_it_where_it_is_asked_again(rl, root):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError, DataError, TrainingError
 from search_r3.model.checkpoint import MANIFEST
-from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, keep_until, latest
+from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, dev_sets, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
@@ -53,7 +53,7 @@ def first_step(recipe, root, output, monkeypatch):
 
     monkeypatch.setattr(SupervisedTrainer, "training_step", step)
     with pytest.raises(StopIteration):
-        train(prepare(recipe, root), root, output, progress=False)
+        train(prepare(recipe, root), output, progress=False)
     monkeypatch.undo()
     return found
 
@@ -90,13 +90,14 @@ def test_reasoned_queries_can_be_left_out_of_the_contrast(recipe, root, tmp_path
 
 def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     recipe = recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["train"], "every": 3})})
-    folder = train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    folder = train(prepare(recipe, root), tmp_path / "run", progress=False)
     model = SearchR3.from_pretrained(folder)
     assert model.encode_documents(["a text"]).shape == (1, model.dimension)
     assert model.manifest.parent is not None
     noted = json.loads((tmp_path / "run" / RUN).read_text())
     parent = model.manifest.parent.model_dump()
-    assert parent == json.loads((tmp_path / "run" / "initial" / MANIFEST).read_text())["parent"]
+    made_from = json.loads((tmp_path / "run" / "initial" / MANIFEST).read_text())["parent"]
+    assert parent == {"source": recipe.model, "weights_sha256": made_from["weights_sha256"]}
     assert [made.model_dump() for made in model.manifest.training] == [
         {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")} | {"parent": parent}
     ]
@@ -116,7 +117,7 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
 def test_bfloat16_rounds_nothing_that_is_saved(recipe, root, tmp_path):
     dev = recipe.dev.model_copy(update={"sets": ["train"], "reason": 4})
     prepared = prepare(recipe.model_copy(update={"precision": "bfloat16", "dev": dev}), root)
-    after = weights(train(prepared, root, tmp_path / "run", progress=False))
+    after = weights(train(prepared, tmp_path / "run", progress=False))
     before = weights(tmp_path / "run" / "initial")
     name = next(name for name in before if name.endswith("q_proj.weight"))
     change = after[name] - before[name]
@@ -130,11 +131,11 @@ def test_bfloat16_rounds_nothing_that_is_saved(recipe, root, tmp_path):
 def test_the_last_dev_test_is_of_the_model_that_is_saved(recipe, root, tmp_path):
     dev = recipe.dev.model_copy(update={"sets": ["train"], "every": 100, "reason": 4})
     recipe = recipe.model_copy(update={"dev": dev, "learning_rate": 0.1, "steps": 3})
-    train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    train(prepare(recipe, root), tmp_path / "run", progress=False)
     records = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     first, last = (record for record in records if "dev_ndcg10" in record)
     saved = SearchR3.from_pretrained(tmp_path / "run" / "model")
-    again = DevTest(saved.engine, dev, root)
+    again = DevTest(saved.engine, dev, dev_sets(dev, root))
     figures = {}
     again.log = figures.update
     again._run(SimpleNamespace(bf16=False))
@@ -144,7 +145,7 @@ def test_the_last_dev_test_is_of_the_model_that_is_saved(recipe, root, tmp_path)
 
 def test_training_learns(recipe, root, tmp_path):
     recipe = recipe.model_copy(update={"steps": 60, "log_every": 1, "learning_rate": 3e-3, "save_every": 1000})
-    train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+    train(prepare(recipe, root), tmp_path / "run", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
@@ -152,7 +153,7 @@ def test_training_learns(recipe, root, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
     recipe = recipe.model_copy(update={"steps": 40, "log_every": 1, "save_every": 2})
-    straight = train(prepare(recipe, root), root, tmp_path / "straight", progress=False)
+    straight = train(prepare(recipe, root), tmp_path / "straight", progress=False)
     file, run = tmp_path / "recipe.yaml", tmp_path / "broken"
     file.write_text(yaml.safe_dump(recipe.model_dump()))
     command = [sys.executable, "-m", "search_r3", "train", "sft", str(file), "--data", str(root), "--output", str(run)]
@@ -165,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
     half = run / "checkpoint-99"  # what a kill while saving leaves
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global')
-    resumed = train(prepare(recipe, root), root, run, resume=True, progress=False)
+    resumed = train(prepare(recipe, root), run, resume=True, progress=False)
     assert_equal(weights(straight), weights(resumed), 1e-6)
     logs = [
         [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
@@ -177,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
 
 def test_two_processes_equal_one(recipe, root, tmp_path):
     recipe = with_batch(recipe, chunk_tokens=40)
-    one = train(prepare(recipe, root), root, tmp_path / "one", progress=False)
+    one = train(prepare(recipe, root), tmp_path / "one", progress=False)
     done = run_on_two(recipe, root, tmp_path / "two", "search_r3", "sft", timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(one), weights(tmp_path / "two" / "model"), 1e-5)
@@ -216,7 +217,7 @@ def test_sharded_weights_equal_whole_ones_and_resume(recipe, root, tmp_path, sha
     base = build_base(tmp_path / "untied", tied=False)
     # Texts of unequal length in small chunks: one process has fewer chunks than the other.
     recipe = with_batch(recipe.model_copy(update={"model": str(base)}), chunk_tokens=40)
-    whole = train(prepare(recipe, root), root, tmp_path / "whole", progress=False)
+    whole = train(prepare(recipe, root), tmp_path / "whole", progress=False)
     done = run_sharded(recipe, root, tmp_path / "sharded", sharder=sharder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "sharded" / "checkpoint-6" / STATES[sharder]).exists()
@@ -250,7 +251,7 @@ def test_sharding_a_model_with_tied_rows_is_refused(recipe, root, tmp_path, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(TrainingError, match="its embedding and output rows are one"):
-        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+        train(prepare(recipe, root), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -287,22 +288,22 @@ def test_nothing_is_claimed_for_a_model_or_a_dev_set_that_does_not_exist(recipe,
     with pytest.raises(DataError, match="nowhere: no such folder"):
         prepare(recipe.model_copy(update={"dev": recipe.dev.model_copy(update={"sets": ["nowhere"]})}), root)
     with pytest.raises(CheckpointError, match="no such folder"):
-        train(prepare(recipe.model_copy(update={"model": "./typo"}), root), root, tmp_path / "run", progress=False)
+        train(prepare(recipe.model_copy(update={"model": "./typo"}), root), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
     run = tmp_path / "run"
-    train(prepare(recipe, root), root, run, progress=False)
+    train(prepare(recipe, root), run, progress=False)
     with pytest.raises(TrainingError, match="holds a run; go on with --resume"):
-        train(prepare(recipe, root), root, run)
+        train(prepare(recipe, root), run)
     changed = recipe.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.5"):
-        train(prepare(changed, root), root, run, resume=True)
+        train(prepare(changed, root), run, resume=True)
     corpus = root / "train" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("archive", "ARCHIVE"))
     with pytest.raises(TrainingError, match="training data changed"):
-        train(prepare(recipe, root), root, run, resume=True)
+        train(prepare(recipe, root), run, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_path, monkeypatch):
@@ -317,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_p
 
     monkeypatch.setattr(trainer, "info_nce", spoiled)
     with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*train:q"):
-        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+        train(prepare(recipe, root), tmp_path / "run", progress=False)
     assert latest(tmp_path / "run").name == "checkpoint-2"
 
 
@@ -329,7 +330,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(recipe, root, tm
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     with pytest.raises(TrainingError, match="step 3: a gradient is not finite; nothing was updated"):
-        train(prepare(recipe, root), root, tmp_path / "run", progress=False, callbacks=[Spoil()])
+        train(prepare(recipe, root), tmp_path / "run", progress=False, callbacks=[Spoil()])
 
 
 @pytest.mark.parametrize("part", ["_pass", "backward"])
@@ -339,4 +340,4 @@ def test_out_of_memory_says_what_to_halve(recipe, root, tmp_path, monkeypatch, p
 
     monkeypatch.setattr(Accelerator if part == "backward" else SupervisedTrainer, part, full)
     with pytest.raises(TrainingError, match=r"halve batch\.chunk_tokens \(now 256\)"):
-        train(prepare(recipe, root), root, tmp_path / "run", progress=False)
+        train(prepare(recipe, root), tmp_path / "run", progress=False)

@@ -196,6 +196,8 @@ def run(
                 task = mteb.get_task(name, eval_splits=[split] if split else None)
         except (KeyError, ValueError) as error:
             raise DataError(f"--mteb {name}: neither a BEIR folder nor a task of mteb's ({error})") from error
+        if split and split not in task.metadata.eval_splits:
+            raise DataError(f"--split {split}: {name} is tested on {', '.join(task.metadata.eval_splits)}")
         if tasks.setdefault(task.metadata.name, task) is not task:
             raise DataError(f"--mteb {name}: a second {task.metadata.name}, whose results would replace the first's")
     scores = {}

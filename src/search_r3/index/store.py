@@ -19,9 +19,10 @@ import os
 import secrets
 import shutil
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -163,6 +164,7 @@ class Store:
         Raises StoreError for a folder that is no index, is damaged, or was written by a newer version.
         """
         path = given_path(folder / MANIFEST)
+        folder = path.parent
         if not path.is_file():
             raise StoreError(f"{folder}: no index here (no {MANIFEST}); make one with: search-r3 index CORPUS {folder}")
         try:
@@ -478,7 +480,8 @@ class Store:
         """
         path = self.folder / f"{kind}-{of or self.generation}"
         if not path.exists():
-            for old in (*self.folder.glob(f"{kind}-*"), *self.folder.glob(f".{kind}-*")):  # or killed while writing
+            begun = [old for old in self.folder.glob(f".{kind}-*") if _age(old) > 3600]  # and killed while writing
+            for old in (*self.folder.glob(f"{kind}-*"), *begun):
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         return path
 
@@ -526,6 +529,13 @@ class Store:
                 f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "
                 "mend this and run again"
             ) from error
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written; 0 where it has just gone."""
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
 
 
 def _next() -> int:

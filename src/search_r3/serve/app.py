@@ -421,11 +421,11 @@ def _inputs(body: EmbeddingRequest) -> tuple[list[str], list[list[int]]]:
 
 
 def _check_tokens(index: Served, ids: Sequence[Sequence[int]]) -> None:
+    if not ids:
+        return
     engine = index.retriever.model.engine
-    size, control = len(engine.tokenizer), set(control_ids(engine)) if ids else set()
-    for number, added in engine.plain_tokenizer.added_tokens_decoder.items() if ids else ():
-        if added.special:  # what is split in a text
-            control.add(number)
+    split = {token for token, added in engine.plain_tokenizer.added_tokens_decoder.items() if added.special}
+    size, control = len(engine.tokenizer), control_ids(engine) | split  # what is no token where a text has it
     for number, tokens in enumerate(ids):
         for token in tokens:
             if token >= size:

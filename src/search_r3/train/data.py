@@ -97,15 +97,13 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
         kept: list[Example] = []
         seen: set[tuple[str, str]] = set()
         tests: dict[str, str | None] = {}  # by passage: which test set has it
-        whole = (root / source.path).is_dir()  # read to its end in any case, for all answers
+        folder = (root / source.path).is_dir()  # read to its end in any case, for all answers
         answers: dict[str, frozenset[str]] = {}  # by the text, not by `key`: `ls -l` is not `ls -L`
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
             answers[example.query] = answers.get(example.query, frozenset()) | example.relevant
             if len(kept) == source.limit:
-                if whole:
-                    continue
-                break
+                continue
             if source.only_thoughts and not example.thought:
                 continue
             for passage in (example.positive, *example.negatives):
@@ -125,6 +123,8 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
                         dropped.add(f"negative is in {test}", f"{name}:{passage.id}")
                 hard = tuple(passage for passage in example.negatives if tests[passage.id] is None)
                 kept.append(replace(example, negatives=hard))
+                if len(kept) == source.limit and not folder:
+                    break
         if not kept:
             raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
         result.append([_with_answers(example, answers[example.query], dropped) for example in kept])
@@ -182,7 +182,9 @@ def read_held_out(paths: Sequence[str], root: Path) -> HeldOut:
         relevant = {name for judged in collection.judgements.values() for name, score in judged.items() if score > 0}
         for document in collection.documents:
             if document.id in relevant:
-                documents[key(document.content)] = documents[key(document.text)] = collection.name
+                documents |= dict.fromkeys(as_passage(document).keys, collection.name)
+    for found in (queries, documents):  # texts without a letter or a digit are not the same
+        found.pop(key(""), None)
     return HeldOut(queries, documents)
 
 
@@ -230,13 +232,13 @@ def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example
                 )
             if document not in documents:
                 raise DataError(f"{root / str(source.negatives)}: document {document!r} is not in {folder}; mine again")
-            negatives.append(_passage(documents[document]))
+            negatives.append(as_passage(documents[document]))
         for document in sorted(relevant):
             if document not in documents:
                 dropped.add("positive missing from the corpus", f"{source.path}:{name}")
                 continue
             yield Example(
-                source.path, name, queries[name].text, _passage(documents[document]), tuple(negatives), relevant
+                source.path, name, queries[name].text, as_passage(documents[document]), tuple(negatives), relevant
             )
 
 
@@ -260,7 +262,8 @@ def _from_titles(source: Source, root: Path, dropped: Dropped) -> Iterator[Examp
             yield Example(source.path, passage.id, title, passage, relevant=relevant)
 
 
-def _passage(document: Document) -> Passage:
+def as_passage(document: Document) -> Passage:
+    """A document as a training example holds it."""
     return Passage(document.id, document.content, document.text if document.title else "")
 
 

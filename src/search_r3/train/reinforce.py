@@ -28,12 +28,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from search_r3.environment import Encoder, RetrievalEnvironment, ShardedEncoder
 from search_r3.errors import StoreError, TrainingError
-from search_r3.evaluate.collection import cut, load_all, load_collection
+from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.model.checkpoint import resolve
 from search_r3.model.engine import Engine
 from search_r3.records import Document
 from search_r3.train.config import Source
-from search_r3.train.data import Dropped, dump, key, load_examples, read_held_out
+from search_r3.train.data import Dropped, as_passage, dump, load_examples, read_held_out
 from search_r3.train.rewards import Scorer, audited
 from search_r3.train.rl_config import Guards, RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy
@@ -45,6 +45,7 @@ from search_r3.train.run import (
     Track,
     check_sharding,
     claim,
+    dev_sets,
     finish,
     keep_until,
     latest,
@@ -72,6 +73,8 @@ class PreparedRL:
     """What was left out."""
     order: list[str]
     """Query ids of all steps, `group.queries` a step."""
+    dev: list[Collection]
+    """What is tested on."""
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +107,7 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
         asked = [query for query in collection.queries if query.id in names]
         allowed = []
         for document in collection.documents:
-            keys = {key(document.content), key(document.text)} & held_out.documents.keys()
+            keys = as_passage(document).keys & held_out.documents.keys()
             if not keys:
                 allowed.append(document)
             else:
@@ -117,10 +120,10 @@ def prepare(recipe: RLRecipe, root: Path) -> PreparedRL:
             judged = judged | {d: judged.get(d) or 1 for d in sorted(relevant[name])}
             qrels[names[name]] = {f"{source.path}:{d}": grade for d, grade in judged.items() if d in known}
         streams.append(list(names.values()))
-    load_all([root / name for name in recipe.dev.sets])
     if len(documents) < recipe.environment.k:
         raise TrainingError(f"the sources hold {len(documents)} documents, fewer than environment.k; lower it")
-    return PreparedRL(recipe, documents, qrels, queries, dropped, _plan(streams, recipe))
+    order, dev = _plan(streams, recipe), dev_sets(recipe.dev, root)
+    return PreparedRL(recipe, documents, qrels, queries, dropped, order, dev)
 
 
 def _plan(streams: Sequence[Sequence[str]], recipe: RLRecipe) -> list[str]:
@@ -139,7 +142,6 @@ def _plan(streams: Sequence[Sequence[str]], recipe: RLRecipe) -> list[str]:
 
 def train(
     prepared: PreparedRL,
-    root: Path,
     output: Path,
     *,
     resume: bool = False,
@@ -199,7 +201,7 @@ def train(
         recipe, environment, prepared.queries, sample, gather_object, state.process_index, spare=prepared.order
     )
     stopper = _Guard(recipe.guards)
-    test = DevTest(policy.engine, recipe.dev, root)
+    test = DevTest(policy.engine, recipe.dev, prepared.dev)
     from datasets import Dataset
 
     trainer = RetrievalGRPOTrainer(

@@ -20,7 +20,18 @@ from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_all
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json, write_text
-from search_r3.model.checkpoint import Manifest, Parent, Stage, initialise, load, quiet, resolve, save, versions
+from search_r3.model.checkpoint import (
+    Manifest,
+    Parent,
+    Stage,
+    initialise,
+    load,
+    quiet,
+    read_manifest,
+    resolve,
+    save,
+    versions,
+)
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
 from search_r3.train.config import Dev
@@ -173,8 +184,10 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
                 with quiet():
                     merged = get_peft_model(merged, adapters["default"])
             merged.load_state_dict({part: weights[part] for part in trained}, strict=False)
-        initial = (output / "initial").exists()  # see `load_model`; its parent is the model named
-        parent = manifest.parent if initial else Parent(source=name, weights_sha256=manifest.weights_sha256)
+        began = manifest.weights_sha256
+        if read_manifest(resolve(name)) is None and manifest.parent:  # `load_model` has given it an embedding token
+            began = manifest.parent.weights_sha256
+        parent = Parent(source=name, weights_sha256=began)
         save(
             output / FINAL,
             merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged,
@@ -247,12 +260,16 @@ class FiniteGradients(TrainerCallback):
             )
 
 
+def dev_sets(dev: Dev, root: Path) -> list[Collection]:
+    """What `DevTest` tests on. Raises DataError for a folder that is not a data set."""
+    return [cut(found, dev.queries, dev.documents) for found in load_all([root / name for name in dev.sets])]
+
+
 class DevTest(TrainerCallback):
     """nDCG@10 on small held-out sets before, while and after training. before: called ahead of every test."""
 
-    def __init__(self, engine: Engine, dev: Dev, root: Path, before: Callable[[], None] = lambda: None):
-        self.engine, self.dev, self.before = engine, dev, before
-        self.sets = [cut(found, dev.queries, dev.documents) for found in load_all([root / name for name in dev.sets])]
+    def __init__(self, engine: Engine, dev: Dev, sets: Sequence[Collection], before: Callable[[], None] = lambda: None):
+        self.engine, self.dev, self.sets, self.before = engine, dev, sets, before
         self.log: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

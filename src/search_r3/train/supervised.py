@@ -22,7 +22,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from search_r3.errors import TrainingError
-from search_r3.evaluate.collection import load_all
+from search_r3.evaluate.collection import Collection
 from search_r3.model.checkpoint import Manifest, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
@@ -34,6 +34,7 @@ from search_r3.train.run import (
     Track,
     check_sharding,
     claim,
+    dev_sets,
     finish,
     latest,
     lighten,
@@ -56,18 +57,18 @@ class Prepared:
     """What was left out."""
     order: list[Example]
     """The examples of all steps, in order."""
+    dev: list[Collection]
+    """What is tested on."""
 
 
 def prepare(recipe: Recipe, root: Path) -> Prepared:
     """Read and check all data. Raises DataError or TrainingError before anything is computed."""
     sources, dropped = load_examples(recipe.sources, read_held_out(recipe.held_out, root), root)
-    load_all([root / name for name in recipe.dev.sets])
-    return Prepared(recipe, sources, dropped, plan(sources, recipe))
+    return Prepared(recipe, sources, dropped, plan(sources, recipe), dev_sets(recipe.dev, root))
 
 
 def train(
     prepared: Prepared,
-    root: Path,
     output: Path,
     *,
     resume: bool = False,
@@ -115,7 +116,7 @@ def train(
         document=batch.document_tokens,
         thought=batch.thought_tokens,
     )
-    test = DevTest(engine, recipe.dev, root)
+    test = DevTest(engine, recipe.dev, prepared.dev)
     trainer = SupervisedTrainer(
         model=trained,
         args=arguments,

@@ -49,6 +49,8 @@ class SupervisedTrainer(Trainer):
                 f"out of memory in step {self.state.global_step + 1}; halve batch.chunk_tokens "
                 f"(now {self.recipe.batch.chunk_tokens}), which changes no result"
             ) from error
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()  # the backward pass is only queued
         self._seconds += time.perf_counter() - started
         return loss
 
