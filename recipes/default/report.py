@@ -12,6 +12,7 @@ from statistics import fmean
 
 from search_r3.evaluate.report import markdown
 from search_r3.files import write_json, write_text
+from search_r3.model.default import ADAPTER
 
 STAGES = {
     "sft": "stage 1: embed, with and without a text about the query",
@@ -110,8 +111,33 @@ def page(run: Path, target: Path) -> dict:
     return report
 
 
-def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None:
-    """Write FOLDER/README.md."""
+def figures(report: dict, modes: list[str], untrained: float | None = None) -> list[str]:
+    """A table of means for the card, and what it is of."""
+    settings, sets = report["settings"], report["collections"].values()
+    values = [untrained, *(report["average"].get(mode, {}).get("nDCG@10") for mode in modes)]
+    return [
+        f"Mean nDCG@10 over {len(sets)} test sets, {sum(c['queries'] for c in sets):,} queries, "
+        f"{min(c['documents'] for c in sets):,} to {max(c['documents'] for c in sets):,} documents",
+        f"cut at {settings['max_tokens']} tokens; {settings['precision']}; {settings['samples']} reasonings a query:",
+        "",
+        "| " + " | ".join(["untrained, direct", *modes]) + " |",
+        "|---" * (len(modes) + 1) + "|",
+        "| " + " | ".join("" if value is None else f"{value:.3f}" for value in values) + " |",
+        "",
+        *(
+            [
+                f"Reasoning changes direct search by {report['difference_per_query']['reason']:+.3f} a query "
+                f"(p = {report['p_versus_direct']['reason']:.3f}).",
+                "",
+            ]
+            if "reason" in report["p_versus_direct"]
+            else []
+        ),
+    ]
+
+
+def card(run: Path, data: Path, folder: Path, report: dict, budget: str, full: dict) -> None:
+    """Write FOLDER/README.md. full: another report on the same model, or nothing."""
     summary = report["summary"]
     config = read(folder / "adapter_config.json")
     sources = sorted({s["path"] for _, made in stages(run) for s in made["recipe"]["sources"]})
@@ -121,7 +147,8 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         f"- {STAGES[name]}{', titles as queries besides' * (name in titled)}: `{made['data']}`"
         for name, made in stages(run)
     ]
-    modes = [mode for mode in report["average"] if not mode.startswith("control-")]
+    modes = [m for m in report["average"] | full.get("average", {}) if not m.startswith("control-")]
+    name = "default" if folder.resolve() == ADAPTER.resolve() else folder
     lines = [
         "# search-r3 adapter for SmolLM2-135M-Instruct",
         "",
@@ -130,25 +157,21 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         "",
         "## Results",
         "",
-        "nDCG@10, mean over the collections of `docs/results.md`:",
+        *figures(report, modes, summary["average_direct_untrained"]),
+        *(figures(full, modes) if full else []),
+        "## Use",
         "",
-        "| " + " | ".join(["untrained, direct", *modes]) + " |",
-        "|---" * (len(modes) + 1) + "|",
-        "| "
-        + " | ".join(
-            [f"{summary['average_direct_untrained']:.3f}", *(f"{report['average'][m]['nDCG@10']:.3f}" for m in modes)]
-        )
-        + " |",
+        "```python",
+        "from search_r3 import SearchR3",
         "",
-        *(
-            [
-                f"Reasoning changes direct search by {report['difference_per_query']['reason']:+.3f} a query "
-                f"(p = {summary['p_reason_vs_direct']:.3f}).",
-                "",
-            ]
-            if "reason_minus_direct" in summary
-            else []
-        ),
+        f'model = SearchR3.from_pretrained("{name}")',
+        'documents = model.encode_documents(["tar packs files into an archive"])  # (1, 576) float32, unit rows',
+        'queries = model.encode_queries(["many files into one"])  # reason=True: think first',
+        "scores = model.similarity(queries, documents)",
+        "```",
+        "",
+        "By default documents are cut at 512 tokens, queries at 256 and reasonings at 64.",
+        "",
         "## Intended use and limits",
         "",
         "English search over short passages, on small machines; a start for training on one's own data. What the",
@@ -169,8 +192,8 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str) -> None
         "",
         "## How to repeat it",
         "",
-        f"`recipes/default/run.sh --data data --output runs/default --budget {budget}` goes the same way;",
-        f"this is its `{stages(run)[-1][0]}/model`, packaged with `--rank {config['r']}`.",
+        f"`recipes/default/run.sh --data data --output runs/default --budget {budget}` goes the same way and ends in",
+        f"such an adapter, of rank {config['r']}. How the default came about: `docs/training.md`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]
@@ -184,7 +207,8 @@ if __name__ == "__main__":
     parser.add_argument("--page", type=Path, default=Path("docs/results"), help="page to write, without suffix")
     parser.add_argument("--card", type=Path, help="adapter folder whose README.md is written")
     parser.add_argument("--budget", default="cpu", help="of the run, for the card")
+    parser.add_argument("--full", type=Path, help="another report on the model (JSON of search-r3 eval), for the card")
     given = parser.parse_args()
     made = page(given.run, given.page)
     if given.card:
-        card(given.run, given.data, given.card, made, given.budget)
+        card(given.run, given.data, given.card, made, given.budget, read(given.full) if given.full else {})
