@@ -36,5 +36,5 @@ if __name__ == "__main__":
     data = HERE.parent / "src" / "search_r3" / "data"
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(recipe, data)
-        train(prepared, data, Path(folder) / "run", progress=False)
+        train(prepared, Path(folder) / "run", progress=False)
         print((Path(folder) / "run" / "rollouts.jsonl").read_text().splitlines()[0])
