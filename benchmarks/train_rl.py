@@ -61,7 +61,7 @@ def ours(args: Any, policy: str) -> tuple[float, dict[str, float], dict[str, flo
     chosen = recipe(args, policy)
     with tempfile.TemporaryDirectory() as output:
         run = Path(output) / "run"
-        reinforce.train(reinforce.prepare(chosen, DEMO.parent), DEMO.parent, run, progress=False, callbacks=[watch])
+        reinforce.train(reinforce.prepare(chosen, DEMO.parent), run, progress=False, callbacks=[watch])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for owner, name, original in originals:
         setattr(owner, name, original)

@@ -55,7 +55,7 @@ def ours(folder: Path, queries: int, steps: int, shared: bool) -> tuple[float, f
     )  # fmt: skip
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as output:
-        train(prepare(recipe, folder), folder, Path(output) / "run", progress=False, callbacks=[watch])
+        train(prepare(recipe, folder), Path(output) / "run", progress=False, callbacks=[watch])
         first = json.loads((Path(output) / "run" / "metrics.jsonl").read_text().splitlines()[0])
     return watch.seconds, first["loss"]
 
