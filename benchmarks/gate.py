@@ -1,4 +1,5 @@
-"""Which signal tells best over which queries to reason: each alone, and a linear mix fitted on other collections.
+"""Which signal tells best over which queries to reason: each alone, and a linear mix fitted on other collections; and
+what comes of `search --gate`.
 
 Takes what `search-r3 eval --modes direct,reason --details FILE` wrote; a query's rows in several files are joined.
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from common import finish
 from search_r3.evaluate.gate import curve
+from search_r3.evaluate.metrics import paired_p_value
 
 SIGNALS = ("margin", "words", "overlap")
 
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, nargs="+", required=True, help="details of the collections to fit on")
     parser.add_argument("--test", type=Path, nargs="+", required=True, help="details of the collections to test on")
     parser.add_argument("--strength", type=float, default=0.1, help="of the ridge, a query (0.1)")
+    parser.add_argument(
+        "--gate", type=float, default=0.02, help="the margin below which one reasons, for a test (0.02)"
+    )
     args = parser.parse_args()
     told, direct, reason = read(args.fit)
     fitted, gain = len(told), reason - direct
@@ -54,8 +59,17 @@ def main() -> None:
     print("share   " + "".join(f"{name:>9}" for name in curves), file=sys.stderr)
     for row in zip(*curves.values(), strict=True):
         print(f"{row[0]['share']:5.2f}   " + "".join(f"{point['score']:9.4f}" for point in row), file=sys.stderr)
+    gated = np.where(told[:, 0] < args.gate, reason, direct)
     finish(
         {
+            "gate": {
+                "share": float((told[:, 0] < args.gate).mean()),
+                "score": float(gated.mean()),
+                "over direct": float((gated - direct).mean()),
+                "p": paired_p_value(gated, direct),
+                "over all reasoned": float((gated - reason).mean()),
+                "its p": paired_p_value(gated, reason),
+            },
             "queries": {"fit": fitted, "test": len(direct)},
             "weights": dict(zip(SIGNALS, weights.tolist(), strict=True)),
             "mean_over_shares": {n: float(np.mean([p["score"] for p in points])) for n, points in curves.items()},
