@@ -102,9 +102,7 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
             answers[example.query] = answers.get(example.query, frozenset()) | example.relevant
-            if len(kept) == source.limit:
-                continue
-            if source.only_thoughts and not example.thought:
+            if len(kept) == source.limit or (source.only_thoughts and not example.thought):
                 continue
             for passage in (example.positive, *example.negatives):
                 if passage.id not in tests:
