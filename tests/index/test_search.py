@@ -59,7 +59,7 @@ def test_equal_scores_are_ordered_by_row():
 
 def test_graph_finds_what_exact_finds_and_skips_the_dead(rng, tmp_path):
     pytest.importorskip("usearch")
-    vectors, queries = unit(rng, 2000, 32), unit(rng, 20, 32)
+    vectors, queries = unit(rng, 2000, 32), unit(rng, 400, 32)
     alive = rng.random(2000) > 0.5
     exact_rows = ExactIndex(vectors, alive).search(queries, 10)[1]
     graph = GraphIndex.build(vectors, alive)
@@ -76,7 +76,7 @@ def test_graph_finds_what_exact_finds_and_skips_the_dead(rng, tmp_path):
 
 def test_graph_grows_with_the_vectors(rng, tmp_path):
     pytest.importorskip("usearch")
-    vectors, queries = unit(rng, 2000, 32), unit(rng, 20, 32)
+    vectors, queries = unit(rng, 2000, 32), unit(rng, 400, 32)
     alive = rng.random(2000) > 0.1
     graph = GraphIndex.build(vectors[:1500])
     graph.save(tmp_path / "graph")
