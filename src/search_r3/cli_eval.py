@@ -59,6 +59,10 @@ def eval_(
         float | None,
         typer.Option(help="Weight of the reasoned vector in mode 'fused'.", min=0, max=1, show_default="0.5"),
     ] = None,
+    ignore_identical_ids: Annotated[
+        bool,
+        typer.Option("--ignore-identical-ids", help="Pass over documents with the query's own id (ArguAna, Quora)."),
+    ] = False,
     output: Annotated[
         list[Path] | None,
         typer.Option("--output", "-o", help="Write the report here: .json or .md; may be given twice."),
@@ -93,7 +97,8 @@ def eval_(
     if mteb:
         need("mteb", "--mteb")
         ours = {"--output": output, "--details": details, "--limit": limit, "--max-tokens": max_tokens,
-                "--max-new-tokens": max_new_tokens, "--modes": modes, "--fuse": fuse}  # fmt: skip
+                "--max-new-tokens": max_new_tokens, "--modes": modes, "--fuse": fuse,
+                "--ignore-identical-ids": ignore_identical_ids or None}  # fmt: skip
         if given := [option for option, value in ours.items() if value is not None and value != []]:
             raise DataError(f"{given[0]}: not with --mteb, whose results are in --mteb-output; leave it out")
         from search_r3.evaluate.mteb import run
@@ -136,7 +141,7 @@ def eval_(
     def on_done(results: list[CollectionResult]) -> None:
         report = summarise(
             results, loaded, precision=precision.value, split=split, limit=limit, max_tokens=max_tokens,
-            max_new_tokens=max_new_tokens, fuse=fuse, samples=samples,
+            max_new_tokens=max_new_tokens, fuse=fuse, samples=samples, ignore_identical_ids=ignore_identical_ids,
         )  # fmt: skip
         command = shlex.join(["search-r3", *sys.argv[1:]])
         write_reports(output or [], report, markdown(report, command))
@@ -150,7 +155,8 @@ def eval_(
     with interruptible("finished data sets and document vectors are kept; the same command goes on"):
         evaluate(
             loaded, datasets, chosen, split=split, limit=limit, max_tokens=max_tokens, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-            fuse=fuse, samples=samples, precision=precision.value, on_result=on_result, on_done=on_done,
+            fuse=fuse, samples=samples, precision=precision.value, ignore_identical_ids=ignore_identical_ids,
+            on_result=on_result, on_done=on_done,
         )  # fmt: skip
 
 

@@ -20,6 +20,15 @@ def test_the_curve_reasons_over_the_least_decided_first():
     assert (signal < chosen["threshold"]).sum() == 3
 
 
+def test_of_queries_that_a_signal_holds_for_equal_none_comes_first():
+    reason = np.arange(10.0)
+    nothing = np.zeros(10)
+    for order in (slice(None), slice(None, None, -1)):
+        points = curve(nothing, nothing, reason[order], nothing, reason[order])
+        assert [point["score"] for point in points] == pytest.approx([point["random"] for point in points])
+        assert [point["tokens"] for point in points] == pytest.approx([point["random"] for point in points])
+
+
 def test_where_reasoning_never_helps_the_best_is_not_to():
     signal = np.array([0.1, np.inf, 0.3])
     points = curve(signal, np.ones(3), np.ones(3), np.ones(3), np.ones(3))

@@ -15,6 +15,14 @@ def test_hand_worked_scores():
     assert scores["R@100"] == {"q": 0.5, "none": 0.0}
 
 
+@pytest.mark.parametrize("names", ["abc", "cab", "bca"])
+def test_of_equal_scores_all_measures_take_the_first(names):
+    scores = score_queries({"q": {"a": 1}}, {"q": {"low": 0.5} | dict.fromkeys(names, 1.0)})
+    place = 1 + names.index("a")
+    assert scores["RR@10"] == {"q": pytest.approx(1 / place)}
+    assert scores["nDCG@10"] == {"q": pytest.approx(1 / math.log2(1 + place))}
+
+
 def test_p_values():
     same = [0.1, 0.5, 0.9]
     assert paired_p_value(same, same) == 1.0

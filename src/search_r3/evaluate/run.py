@@ -47,14 +47,17 @@ BASELINES: dict[Mode, Callable[[Sequence[Document]], Search]] = {
     "minilm": minilm,
     "minilm-hybrid": minilm_hybrid,
 }
-DEPTH = 100  # documents retrieved for each query
+DEPTH = 101  # documents retrieved for each query: one more than the metrics look at, as one may be the query itself
 PAIRS: list[tuple[Mode, Mode]] = [  # tested against each other, besides all against direct
+    *(("reason", control) for control in CONTROLS),
     ("fused", "control-fused"),
     ("reason-hybrid", "hybrid"),
     ("fused-hybrid", "hybrid"),
     ("hybrid", "bm25"),
     ("hybrid", "minilm-hybrid"),
 ]
+ENCODING = 1
+"""Raised by a change after which the same texts, model and settings give other results: what is cached is left."""
 
 
 @dataclass(slots=True)
@@ -113,6 +116,7 @@ def evaluate(
     fuse: float = 0.5,
     samples: int = 1,
     precision: str = "auto",
+    ignore_identical_ids: bool = False,
     index_folder: Path | None = None,
     progress: bool | None = None,
     on_result: Callable[[CollectionResult], None] | None = None,
@@ -124,6 +128,7 @@ def evaluate(
     documents and of reasonings; default: the checkpoint's. fuse: weight of the reasoned vector in mode `fused`.
     samples: reasonings of each query, whose vectors' mean is searched with; the controls have as many.
     precision: the model's arithmetic, as given to `from_pretrained`; cached vectors of another are not used.
+    ignore_identical_ids: a document with the query's own id is not counted as found, as BEIR's ArguAna needs it.
     index_folder: an index of the (one) collection to use instead of the cached one. on_result: called after each
     collection. on_done: called with all results, before what was kept of them is removed: where it fails, the same
     evaluation measures nothing again. Interrupted, the same evaluation goes on with the collection it had reached.
@@ -132,10 +137,11 @@ def evaluate(
     need_extras(modes)
     collections = load_all(folders, split, limit)
     results, kept = [], []
+    given = max_tokens, max_new_tokens, fuse, samples, ignore_identical_ids
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
         used = model and (model.manifest, model.dimension, str(model.engine.device))
-        settings = cached, used, modes, max_tokens, max_new_tokens, fuse, samples, precision, version("search-r3")
+        settings = cached, used, modes, precision, *given, ENCODING
         content = collection.queries, collection.judgements, collection.skipped, *collection.documents
         digest = hashlib.sha256(repr(settings).encode())
         for part in content:
@@ -143,9 +149,7 @@ def evaluate(
         kept.append(cache_home() / "eval" / f"{collection.name}-{digest.hexdigest()[:16]}.json")
         result = _load(kept[-1]) if kept[-1].exists() else None
         if result is None:
-            result = _evaluate_one(
-                model, collection, cached, modes, max_tokens, max_new_tokens, fuse, samples, progress
-            )
+            result = _evaluate_one(model, collection, cached, modes, *given, progress)
             kept[-1].parent.mkdir(parents=True, exist_ok=True)
             write_text(kept[-1], json.dumps(asdict(result), default=lambda vector: []))
         results.append(result)
@@ -179,6 +183,7 @@ def _evaluate_one(
     max_new_tokens: int | None,
     fuse: float,
     samples: int,
+    ignore_identical_ids: bool,
     progress: bool | None,
 ) -> CollectionResult:
     texts = [query.text for query in collection.queries]
@@ -186,9 +191,12 @@ def _evaluate_one(
     result = CollectionResult(collection.name, len(collection.documents), 0, collection.skipped, queries, {}, {})
 
     def record(mode: Mode, ids: list[list[tuple[str, float]]], started: float, tokens: int = 0) -> None:
-        run = {query.id: dict(found) for query, found in zip(collection.queries, ids, strict=True)}
         seconds = time.perf_counter() - started
-        top = {query.id: [name for name, _ in found[:10]] for query, found in zip(collection.queries, ids, strict=True)}
+        run = {query.id: dict(found) for query, found in zip(collection.queries, ids, strict=True)}
+        if ignore_identical_ids:
+            for name, found in run.items():
+                found.pop(name, None)
+        top = {name: list(found)[:10] for name, found in run.items()}
         result.modes[mode] = ModeResult(score_queries(collection.judgements, run), seconds, tokens, top)
 
     if set(modes) - set(BASELINES):
@@ -215,7 +223,7 @@ def _cached(
     collection: Collection, folder: Path, model: SearchR3 | None, max_tokens: int | None, precision: str
 ) -> Path:
     """Where the index of this collection under this model is kept: a second run encodes only what has changed."""
-    key = [str(folder.resolve()), max_tokens, precision]
+    key = [ENCODING, str(folder.resolve()), max_tokens, precision]
     if model:
         key += [model.fingerprint, model.dimension, model.engine.model.dtype]  # `auto` is not the same everywhere
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:16]
@@ -348,15 +356,16 @@ def summarise(results: Sequence[CollectionResult], model: SearchR3 | None, **set
     return report
 
 
-def _summary(report: dict[str, Any], pooled: dict[Mode, list[float]]) -> dict[str, float]:
+def _summary(report: dict[str, Any], pooled: dict[Mode, list[float]]) -> dict[str, float | str]:
     """The figures that decide whether reasoning pays; those whose modes were not asked for are left out."""
     average = {mode: values["nDCG@10"] for mode, values in report["average"].items()}
     summary = {f"average_{mode.replace('-', '_')}": value for mode, value in average.items()}
     if "direct" in average and "reason" in average:
         summary["reason_minus_direct"] = average["reason"] - average["direct"]
         summary["p_reason_vs_direct"] = report["p_versus_direct"]["reason"]
-        if controls := [mode for mode in CONTROLS if mode in average]:
-            best_control = max(controls, key=lambda mode: average[mode])
+        if set(CONTROLS) <= set(average):  # the best of fewer is not what has to be beaten
+            best_control = max(CONTROLS, key=lambda mode: average[mode])
+            summary["best_control"] = best_control
             summary["reason_minus_best_control"] = average["reason"] - average[best_control]
             summary["p_reason_vs_best_control"] = paired_p_value(pooled["reason"], pooled[best_control])
     return summary
