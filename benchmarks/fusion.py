@@ -2,7 +2,8 @@
 
     python benchmarks/fusion.py data/covid-faq data/perlfaq --limit 100 --json
 
-The weight in the product was chosen by the mean of these; use folders that are not your test sets.
+The weight in the product was chosen by the mean of these; use folders that are not your test sets. `--minilm` asks the
+same of all-MiniLM-L6-v2, for the baseline `minilm-hybrid`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from search_r3 import SearchR3
+from search_r3.evaluate.baselines import minilm_vectors
 from search_r3.evaluate.collection import load_collection
 from search_r3.evaluate.metrics import score_queries
 from search_r3.index.lexical import LexicalIndex
@@ -41,12 +43,16 @@ def covered(cosines: np.ndarray, words: np.ndarray, weight: float) -> np.ndarray
     return cosines + weight * words
 
 
-def measure(model: SearchR3, folder: Path, limit: int, tokens: int) -> dict[str, float]:
-    """nDCG@10 of every way to fuse, on one collection."""
+def measure(model: SearchR3 | None, folder: Path, limit: int, tokens: int) -> dict[str, float]:
+    """nDCG@10 of every way to fuse, on one collection; model: None for all-MiniLM-L6-v2."""
     collection = load_collection(folder, limit=limit)
     names = [document.id for document in collection.documents]
     texts = [query.text for query in collection.queries]
-    cosines = model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
+    if model is None:
+        encode, vectors = minilm_vectors(collection.documents)
+        cosines = encode(texts) @ vectors.T
+    else:
+        cosines = model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
     index = LexicalIndex.build([document.content for document in collection.documents], range(len(names)))
     words = [index.coverage(text, len(names)) for text in texts]
     ways = {"vectors": lambda c, w: c, "bm25": lambda c, w: w, "ranks": by_ranks}
@@ -68,12 +74,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--checkpoint", default="default")
+    parser.add_argument("--minilm", action="store_true", help="all-MiniLM-L6-v2 instead of a checkpoint")
     parser.add_argument("--limit", type=int, default=100, help="first queries of each folder (100)")
     parser.add_argument("--tokens", type=int, default=128, help="documents are cut here (128)")
     parser.add_argument("--precision", default="auto", help="of the model (auto)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = SearchR3.from_pretrained(args.checkpoint, dtype=args.precision)
+    model = None if args.minilm else SearchR3.from_pretrained(args.checkpoint, dtype=args.precision)
     result = {folder.name: measure(model, folder, args.limit, args.tokens) for folder in args.folders}
     result["mean"] = {
         name: float(np.mean([row[name] for row in result.values()])) for name in next(iter(result.values()))

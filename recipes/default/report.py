@@ -92,6 +92,16 @@ def training(run: Path) -> list[str]:
     ]
 
 
+def command(report: dict) -> str:
+    """What measures the model again as the page's figures do."""
+    settings = report["settings"]
+    sets = " ".join(f"data/{name}" for name in report["collections"])
+    checkpoint = Path(report["model"]["checkpoint"]).name
+    options = ("samples", "max_tokens", "max_new_tokens", "precision")
+    given = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in options)
+    return f"search-r3 eval {sets} -c {checkpoint} --modes {','.join(report['average'])} {given}"
+
+
 def page(run: Path, target: Path) -> dict:
     """Write TARGET.md and TARGET.json; returns the report."""
     report, base = read(run / "results-model.json"), read(run / "results-base.json")
@@ -101,8 +111,9 @@ def page(run: Path, target: Path) -> dict:
         "direct_over_untrained": report["summary"]["average_direct"] / before,
     }
     more = [*training(run), *variants(run, report)]
-    text = markdown(report, f"recipes/default/report.py, from the stages {', '.join(name for name, _ in stages(run))}")
-    summary = ["## Summary", "", "```json", json.dumps(report["summary"], indent=2), "```", ""]
+    text = markdown(report, command(report))
+    summary = ["Written by `recipes/default/report.py`; untrained: the same with `-c base --modes direct`.", ""]
+    summary += ["## Summary", "", "```json", json.dumps(report["summary"], indent=2), "```", ""]
     head, rest = text.split("## nDCG@10", 1)
     body, made = rest.split("## How it was made", 1)
     pieces = [head + "\n".join(summary), "## nDCG@10" + body + "\n".join(more), "## How it was made" + made]
@@ -114,15 +125,17 @@ def page(run: Path, target: Path) -> dict:
 def figures(report: dict, modes: list[str], untrained: float | None = None) -> list[str]:
     """A table of means for the card, and what it is of."""
     settings, sets = report["settings"], report["collections"].values()
-    values = [untrained, *(report["average"].get(mode, {}).get("nDCG@10") for mode in modes)]
+    values = {"untrained, direct": untrained} if untrained else {}
+    values |= {mode: report["average"][mode]["nDCG@10"] for mode in modes if mode in report["average"]}
     return [
         f"Mean nDCG@10 over {len(sets)} test sets, {sum(c['queries'] for c in sets):,} queries, "
         f"{min(c['documents'] for c in sets):,} to {max(c['documents'] for c in sets):,} documents",
-        f"cut at {settings['max_tokens']} tokens; {settings['precision']}; {settings['samples']} reasonings a query:",
+        f"(for our model cut at {settings['max_tokens']} tokens); {settings['precision']}; "
+        f"{settings['samples']} reasonings a query:",
         "",
-        "| " + " | ".join(["untrained, direct", *modes]) + " |",
-        "|---" * (len(modes) + 1) + "|",
-        "| " + " | ".join("" if value is None else f"{value:.3f}" for value in values) + " |",
+        "| " + " | ".join(values) + " |",
+        "|---" * len(values) + "|",
+        "| " + " | ".join(f"{value:.3f}" for value in values.values()) + " |",
         "",
         *(
             [

@@ -245,7 +245,7 @@ def bootstrap(
     samples: Annotated[int, typer.Option(help="Enrichments of each query.", min=1)] = 4,
     temperature: Annotated[float, typer.Option(help="Of the sampling.", min=0.01)] = 0.8,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one.", min=1)] = 48,
-    seed: Annotated[int, typer.Option(help="Same seed, same enrichments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same enrichments.", min=0)] = 0,
     least_words: Annotated[int, typer.Option(help="Do not keep shorter enrichments.", min=1)] = 1,
     keep_all: Annotated[
         bool, typer.Option("--keep-all", help="Keep the best one even where it does not help.")

@@ -36,3 +36,9 @@ class MissingExtraError(SearchR3Error):
 
 class TrainingError(SearchR3Error):
     """A recipe that cannot be run, or a run that cannot go on."""
+
+
+def refuse_string(texts: object) -> None:
+    """Raises TypeError for one text in place of several, which would be taken letter by letter."""
+    if isinstance(texts, str):
+        raise TypeError("one text was given where a list of texts is needed; put it into a list")

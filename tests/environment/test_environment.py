@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from search_r3.environment import EnvironmentConfig, Relevant, RetrievalEnvironment, ShardedEncoder, dcg
 from search_r3.environment.calibration import fit_calibration
 from search_r3.environment.drift import fit_drift
+from search_r3.environment.evolving import best_columns
 from search_r3.environment.freshness import POLICIES
 from search_r3.environment.graph import EvolvingGraph
 from search_r3.errors import DataError, StoreError
@@ -207,6 +208,31 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path):
     assert ranks(one.step(*batch)) == ranks(other.step(*batch))
     np.testing.assert_array_equal(one.index.vectors, other.index.vectors)
     np.testing.assert_array_equal(one.ages, other.ages)
+
+
+def test_a_state_with_copies_of_a_text_goes_on_and_another_models_changes_nothing():
+    one, encoder = make()
+    encoder.start[:16] = encoder.start[0]  # the newest rows are those that are looked up
+    one.reset()
+    one.load_state_dict(one.state_dict())
+    before = one.index.vectors.copy()
+    other, _ = make(encoder=Moving(seed=1))
+    with pytest.raises(StoreError, match="another model"):
+        one.load_state_dict(other.state_dict())
+    np.testing.assert_array_equal(one.index.vectors, before)
+
+
+def test_a_refresh_with_nothing_to_do_asks_nobody():
+    environment, encoder = make(budget=1e-9)
+    calls = encoder.calls
+    assert environment.refresh() == 0
+    assert encoder.calls == calls
+
+
+def test_equal_scores_are_ordered_by_number():
+    scores = np.zeros(1000, np.float32)
+    scores[[700, 900]] = 1
+    assert list(best_columns(scores, 5)) == [700, 900, 0, 1, 2]
 
 
 def test_a_background_refresh_never_overwrites_newer_rows():

@@ -258,6 +258,17 @@ def test_a_chat_template_that_hides_the_user_is_refused(base_folder, tmp_path):
             initialise(copy, tmp_path / "out")
 
 
+@pytest.mark.parametrize("system", ["", "{{ raise_exception('no system role') }}"])
+def test_words_that_a_chat_template_has_no_place_for_go_to_the_user_s_turn(base_folder, tmp_path, system):
+    copy = tmp_path / "base"
+    shutil.copytree(base_folder, copy)
+    template = "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}U:{{ m.content }}"
+    (copy / "chat_template.jinja").write_text(template + "{% endif %}{% endfor %}A:")
+    initialise(copy, tmp_path / "out", SystemPrompts(embed_system="Represent it.", reason_system="Enrich it."))
+    prompts = read_manifest(tmp_path / "out").prompts
+    assert (prompts.embed.prefix, prompts.reason.prefix) == ("U:Represent it.\n\n", "U:Enrich it.\n\n")
+
+
 def test_an_index_names_its_checkpoint_by_its_full_path(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     model = SearchR3.from_pretrained(checkpoint.name)

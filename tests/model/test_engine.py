@@ -139,6 +139,12 @@ def test_a_very_long_text_is_cut_not_refused(model):
     assert model.encode_documents(["word " * 20_000]).shape == (1, 32)
 
 
+@pytest.mark.parametrize("method", ["encode_documents", "encode_queries", "reason"])
+def test_one_text_is_not_taken_letter_by_letter(model, method):
+    with pytest.raises(TypeError, match="put it into a list"):
+        getattr(model, method)("tar")
+
+
 def test_no_texts_give_no_vectors(model):
     assert model.encode_documents([]).shape == (0, 32)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -29,6 +30,20 @@ def test_vectors_are_the_models(model, folder):
     np.testing.assert_allclose(encoder.encode_queries(texts), model.encode_queries(texts), atol=2e-3)
     assert encoder.fingerprint == model.fingerprint
     assert encoder.encode_queries([]).shape == (0, model.dimension)
+    with pytest.raises(TypeError, match="put it into a list"):
+        encoder.encode_queries("tar")
+
+
+def test_settings_kept_with_a_tokenizer_change_nothing(model, folder, tmp_path):
+    from tokenizers import Tokenizer
+
+    other = shutil.copytree(folder, tmp_path / "graph")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(other / "tokenizer.json"))
+    found = OpenVinoEncoder(other).encode_documents(TEXTS)
+    np.testing.assert_array_equal(found, OpenVinoEncoder(folder).encode_documents(TEXTS))
 
 
 def test_the_model_stays_as_it_was(model, folder):

@@ -38,6 +38,8 @@ def test_train_plot_and_refusals(recipe_file, root, tmp_path):
     output = tmp_path / "run"
     result = run("train", "sft", recipe_file, "--data", root, "-o", output, "--set", "steps=2", "--json")
     assert json.loads(result.stdout) == {"model": str(output / "model")}
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # is being written
     run("plot", "run", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TrainingError, match="holds a run"):
@@ -65,12 +67,17 @@ def test_reinforce_from_the_command_line(base, root, tmp_path):
     report = json.loads(run("train", "rl", recipe, "--data", root, "-o", output, "--dry-run", "--json").stdout)
     assert (report["rollouts"], report["documents"], report["queries"]) == (4, 20, 20)
     assert not output.exists()
+    with pytest.raises(TrainingError, match="seed: Input should be greater than or equal to 0"):
+        run("train", "rl", recipe, "--data", root, "-o", output, "--set", "seed=-1")
     done = run("train", "rl", recipe, "--data", root, "-o", output, "--set", "reward.rank=log_rank", "--json")
     assert json.loads(done.stdout) == {"model": str(output / "model")}
     run("plot", "run", output)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     packed = run("package", output / "model", "--base", output / "initial", "-o", tmp_path / "adapter", "--json")
     assert json.loads(packed.stdout)["kept"] > 0.99
+    recipe.write_text(f"model: {tmp_path / 'adapter'}\nsources: [{{path: train}}]\nsteps: 1\n")
+    report = json.loads(run("train", "sft", recipe, "--data", root, "--dry-run", "--json").stdout)
+    assert report["parameters"] > report["trained_parameters"] > 0
     with pytest.raises(TrainingError, match=r"group\.sample: no such key; did you mean samples\?"):
         run("train", "rl", recipe, "--set", "group.sample=3")
     with pytest.raises(TrainingError, match=r"environment\.bugdet: no such key; did you mean budget\?"):

@@ -49,6 +49,9 @@ def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
     bootstrap(model, folder, output, how, limit=3, progress=False)
     first = output.read_text()
     assert len(first.splitlines()) == 3
+    output.write_text(first[:-1])  # killed before the end of a line
+    bootstrap(model, folder, output, how, limit=3, progress=False)
+    assert output.read_text() == first
     output.write_text(first + '{"query_id": "q')  # killed while writing
     report = bootstrap(model, folder, output, how, progress=False)
     records = [json.loads(line) for line in output.read_text().splitlines()]

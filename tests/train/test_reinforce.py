@@ -146,6 +146,7 @@ def test_a_run_logs_what_matters_and_ends_in_a_plain_checkpoint(rl, root, tmp_pa
     model = SearchR3.from_pretrained(folder)
     assert model.reason(["a query"], max_new_tokens=3)[0].vector.shape == (32,)
     assert [made.stage for made in model.manifest.training] == ["rl"]
+    assert model.manifest.max_tokens.reasoning == 6  # what it was trained with
     lines = log(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     wanted = "reward reward_rank reward_rank_spread zero_spread format_rate forced_rate length kl entropy info_nce "

@@ -36,7 +36,7 @@ class EnvironmentConfig(BaseModel):
     """Steps between audits; 0: only when asked."""
     error_bound: float | None = Field(default=None, gt=0)
     """Largest reward error to tolerate: audits raise and lower the budget to hold it. None: the budget is fixed."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the samples."""
 
     @model_validator(mode="after")

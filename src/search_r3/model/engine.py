@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from search_r3.errors import CheckpointError, DataError
+from search_r3.errors import CheckpointError, DataError, refuse_string
 from search_r3.model.attention import NAME as PACKED_ATTENTION
 from search_r3.model.attention import Packed, packed_states
 from search_r3.model.cache import Prefix, take_prefix
@@ -71,6 +71,7 @@ class Engine:
 
     def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of users' texts, stripped at both ends. Control tokens written in them stay ordinary characters."""
+        refuse_string(texts)
         if not texts:
             return []
         stripped = [text.strip() for text in texts]

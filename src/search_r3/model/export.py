@@ -88,7 +88,8 @@ def card(model: SearchR3, name: str = "FOLDER") -> str:
     manifest = model.manifest
     made = f"Written by search-r3 {manifest.versions['search-r3']} on {manifest.created}."
     if manifest.parent is not None:
-        made += f"\nMade from `{Path(manifest.parent.source).name}` (weights {manifest.parent.weights_sha256[:12]})."
+        name_of_parent = "/".join(Path(manifest.parent.source).parts[-2:])  # owner/name, or run/model
+        made += f"\nMade from `{name_of_parent}` (weights {manifest.parent.weights_sha256[:12]})."
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search_r3.errors import CheckpointError, DataError, first_line
+from search_r3.errors import CheckpointError, DataError, first_line, refuse_string
 from search_r3.extras import need
 from search_r3.files import new_folder, write_json, write_text
 
@@ -126,6 +126,8 @@ class OpenVinoEncoder:
                 f"{place}: not a folder of `search-r3 export --format openvino` ({first_line(error)})"
             ) from error
         self._tokenizer.encode_special_tokens = True  # control tokens in a text are plain characters
+        self._tokenizer.no_padding()  # both are kept in some models' files
+        self._tokenizer.no_truncation()
         self.batch_tokens = batch_tokens
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
@@ -137,6 +139,7 @@ class OpenVinoEncoder:
         return self._encode(texts, self._limits["document"])
 
     def _encode(self, texts: Sequence[str], limit: int) -> np.ndarray:
+        refuse_string(texts)
         tails = []
         encoded = self._tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
         for number, found in enumerate(encoded, 1):

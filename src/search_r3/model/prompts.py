@@ -7,6 +7,7 @@ kept, so that a checkpoint means the same thing everywhere and forever.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -102,9 +103,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         )
 
-    try:
+    text = ""
+    with suppress(TemplateError):
         text = apply([{"role": "system", "content": system}, {"role": "user", "content": _MARK}])
-    except TemplateError:  # templates without a system role (Gemma) say so by raising
+    if not text or system.strip() not in text:  # templates without a system role raise (Gemma), or leave it out (Phi-3)
         try:
             text = apply([{"role": "user", "content": f"{system}\n\n{_MARK}"}])
         except TemplateError as error:

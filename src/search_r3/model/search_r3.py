@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from search_r3.errors import CheckpointError, first_line
+from search_r3.errors import CheckpointError, first_line, refuse_string
 from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.prompts import Prompts, SystemPrompts
@@ -117,6 +117,7 @@ class SearchR3:
 
         max_tokens: cut longer texts; default: the checkpoint's. Raises DataError for an empty text.
         """
+        refuse_string(documents)
         texts = [item.content if isinstance(item, Document) else item for item in documents]
         tails = self.engine.tails(texts, "embed", max_tokens or self.manifest.max_tokens.document)
         return self.engine.encode(tails, "embed", label=label, progress=progress)

@@ -177,19 +177,19 @@ def _mean_reciprocal(records: list[dict[str, Any]], field: str) -> float:
 
 
 def _done(output: Path) -> dict[str, dict[str, Any]]:
-    """Records of an earlier run; a last line cut short by a kill is dropped from the file."""
+    """Records of an earlier run; a last line without its end, cut short by a kill, is dropped from the file."""
     if not output.exists():
         return {}
     found: dict[str, dict[str, Any]] = {}
     whole = 0
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
             try:
                 record = json.loads(line)
                 found[record["query_id"]] = {"thought": record["thought"]} | record
             except (ValueError, KeyError, TypeError) as error:
-                if not line.endswith(b"\n"):
-                    break
                 raise DataError(f"{output}:{number}: not a record of an earlier bootstrap; give a new file") from error
             whole += len(line)
     with output.open("r+b") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from search_r3.model.checkpoint import resolve
+from search_r3.model.checkpoint import config_folder
 from search_r3.train.supervised import Prepared
 
 CPU_FLOPS = {"float32": 80e9, "bfloat16": 170e9}  # two cores (AVX-512, AMX): what whole training runs reached
@@ -18,7 +18,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     recipe = prepared.recipe
-    folder = resolve(recipe.model)
+    folder = config_folder(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

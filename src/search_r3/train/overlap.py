@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from search_r3.evaluate.collection import load_all
-from search_r3.train.data import Example, Passage, key
+from search_r3.train.data import Example, Passage, as_passage, key
 
 RUN = 13  # words
 
@@ -66,8 +66,8 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
             elif _bag(query.text) in words:
                 report.same_words.append(query.id)
         for document in documents.values():
-            keys = {key(document.content), key(document.text)}
-            exact = [role for role in known if keys & known[role]]
+            keys = as_passage(document).keys
+            exact = [role for role in known if known[role].intersection(keys)]
             for role in exact:
                 getattr(report, role).append(document.id)
             if not exact:

@@ -41,7 +41,8 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of each figure. Raises TrainingError for a folder without a log."""
     path = run / METRICS
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8", newline="\n") as file:  # the last line may still be written
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: no readable log of a run ({error})") from error
     series: dict[str, tuple[list[int], list[float]]] = {}

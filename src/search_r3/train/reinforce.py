@@ -229,7 +229,8 @@ def train(
             f"stopped at step {trainer.state.global_step}: {stopper.reason}; what was saved is in {output}"
         )
     model.generation_config.eos_token_id = ends or None
-    return finish(trainer, output, recipe.model, tokenizer, manifest)
+    trained = manifest.max_tokens.model_copy(update={"reasoning": recipe.group.reasoning_tokens})
+    return finish(trainer, output, recipe.model, tokenizer, manifest.model_copy(update={"max_tokens": trained}))
 
 
 def _adapter(recipe: RLRecipe) -> Any:

@@ -165,7 +165,7 @@ class RLRecipe(Strict):
     """Steps between tables of rollouts (rollouts.jsonl)."""
     report_to: list[str] = Field(default_factory=list)
     """Also log to tensorboard, trackio or wandb."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of data order, rollouts and initialisation."""
 
     @model_validator(mode="after")

@@ -27,7 +27,6 @@ from search_r3.model.checkpoint import (
     initialise,
     load,
     quiet,
-    read_manifest,
     resolve,
     save,
     versions,
@@ -168,7 +167,10 @@ def check_sharding(arguments: TrainingArguments) -> None:
 
 
 def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> Path:
-    """Write the trained model, adapters merged in float32, as a plain checkpoint. name: of what it was made from."""
+    """Write the trained model, adapters merged in float32, as a plain checkpoint.
+
+    name: of what it was made from. manifest: that one's, with what training has changed of it.
+    """
     weights = trainer.accelerator.get_state_dict(trainer.model) if under_fsdp() else None
     if trainer.accelerator.is_main_process and not (output / FINAL).exists():
         merged: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -185,7 +187,7 @@ def finish(trainer: Trainer, output: Path, name: str, tokenizer: PreTrainedToken
                     merged = get_peft_model(merged, adapters["default"])
             merged.load_state_dict({part: weights[part] for part in trained}, strict=False)
         began = manifest.weights_sha256
-        if read_manifest(resolve(name)) is None and manifest.parent:  # `load_model` has given it an embedding token
+        if manifest.parent and (output / "initial").exists():  # `load_model` has given it an embedding token
             began = manifest.parent.weights_sha256
         parent = Parent(source=name, weights_sha256=began)
         save(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCa
 
 from search_r3.errors import TrainingError
 from search_r3.evaluate.collection import Collection
-from search_r3.model.checkpoint import Manifest, quiet, resolve
+from search_r3.model.checkpoint import Manifest, config_folder, quiet, resolve
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
 from search_r3.train.data import Dropped, Example, fingerprint, load_examples, plan, read_held_out
@@ -138,7 +138,7 @@ def train(
 
 
 def _tied(name: str) -> bool:
-    config = AutoConfig.from_pretrained(resolve(name))
+    config = AutoConfig.from_pretrained(config_folder(name))
     return bool(config.get_text_config().tie_word_embeddings)
 
 
