@@ -2,8 +2,8 @@
 
     python benchmarks/fusion.py data/covid-faq data/perlfaq --limit 100 --json
 
-The weight in the product was chosen by the mean of these; use folders that are not your test sets. `--minilm` asks whether
-it suits all-MiniLM-L6-v2, too, for the baseline `minilm-hybrid`.
+The weight in the product was chosen by the mean of these; use folders that are not your test sets. `--minilm` asks
+whether it suits all-MiniLM-L6-v2, too, for the baseline `minilm-hybrid`.
 """
 
 import argparse
