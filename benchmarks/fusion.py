@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--checkpoint", default="default")
-    parser.add_argument("--minilm", action="store_true", help="all-MiniLM-L6-v2 instead of a checkpoint")
+    parser.add_argument("--minilm", action="store_true", help="all-MiniLM-L6-v2 as it is, instead of a checkpoint")
     parser.add_argument("--limit", type=int, default=100, help="first queries of each folder (100)")
     parser.add_argument("--tokens", type=int, default=128, help="documents are cut here (128)")
     parser.add_argument("--precision", default="auto", help="of the model (auto)")

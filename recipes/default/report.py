@@ -96,9 +96,11 @@ def command(report: dict) -> str:
     """What measures the model again as the page's figures do."""
     settings = report["settings"]
     sets = " ".join(f"data/{name}" for name in report["collections"])
-    checkpoint = Path(report["model"]["checkpoint"]).name
-    options = ("samples", "max_tokens", "max_new_tokens", "precision")
-    given = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in options)
+    checkpoint = Path(report["model"]["checkpoint"])
+    if checkpoint.is_relative_to(Path.cwd()):
+        checkpoint = checkpoint.relative_to(Path.cwd())
+    options = ("samples", "max_tokens", "max_new_tokens", "precision", "limit")
+    given = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in options if settings[name] is not None)
     return f"search-r3 eval {sets} -c {checkpoint} --modes {','.join(report['average'])} {given}"
 
 

@@ -215,11 +215,12 @@ def test_a_state_with_copies_of_a_text_goes_on_and_another_models_changes_nothin
     encoder.start[:16] = encoder.start[0]  # the newest rows are those that are looked up
     one.reset()
     one.load_state_dict(one.state_dict())
-    before = one.index.vectors.copy()
+    before, spent = one.index.vectors.copy(), one.tokens_encoded
     other, _ = make(encoder=Moving(seed=1))
     with pytest.raises(StoreError, match="another model"):
         one.load_state_dict(other.state_dict())
     np.testing.assert_array_equal(one.index.vectors, before)
+    assert one.tokens_encoded == spent
 
 
 def test_a_refresh_with_nothing_to_do_asks_nobody():

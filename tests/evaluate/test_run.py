@@ -141,11 +141,15 @@ def test_limit_and_baselines_without_a_model(small):
 def test_a_document_with_the_query_s_own_id_can_be_passed_over(model, tmp_path):
     documents = [{"_id": "q", "text": "a river"}, {"_id": "d", "text": "a river bank"}, {"_id": "e", "text": "a tiger"}]
     folder = make(tmp_path / "c", documents, [{"_id": "q", "text": "a river"}], "q\td\t1\n")
+    margins: list[float] = []
     for ignored, top in (False, ["q", "d"]), (True, ["d"]):
         (result,) = evaluate(model, [folder], ["direct", "bm25"], ignore_identical_ids=ignored)
         assert result.modes["bm25"].top["q"] == top
         assert ("q" in result.modes["direct"].top["q"]) != ignored
+        assert result.signals["q"]["overlap"] == 1  # "river" is in the bank, too
+        margins.append(result.signals["q"]["margin"])
         assert result.modes["bm25"].scores["RR@10"]["q"] == 1 / (1 + top.index("d"))
+    assert margins[0] != margins[1]
 
 
 def test_minilm_baseline_beats_chance_on_the_bundled_set():

@@ -277,7 +277,7 @@ class RetrievalEnvironment:
         newest = np.argsort(-encoded, kind="stable")[:PROBES]
         present, self.index = self.index, None
         try:
-            now = self.encode(newest)
+            now = self._vectors(newest)
         finally:
             self.index = present
         if vectors.shape != (len(self.documents), now.shape[1]):

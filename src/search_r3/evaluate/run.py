@@ -141,7 +141,7 @@ def evaluate(
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
         used = model and (model.manifest, model.dimension, str(model.engine.device))
-        settings = cached, used, modes, precision, *given, ENCODING
+        settings = cached, used, modes, precision, *given, ENCODING, version("search-r3")
         content = collection.queries, collection.judgements, collection.skipped, *collection.documents
         digest = hashlib.sha256(repr(settings).encode())
         for part in content:
@@ -193,9 +193,6 @@ def _evaluate_one(
     def record(mode: Mode, ids: list[list[tuple[str, float]]], started: float, tokens: int = 0) -> None:
         seconds = time.perf_counter() - started
         run = {query.id: dict(found) for query, found in zip(collection.queries, ids, strict=True)}
-        if ignore_identical_ids:
-            for name, found in run.items():
-                found.pop(name, None)
         top = {name: list(found)[:10] for name, found in run.items()}
         result.modes[mode] = ModeResult(score_queries(collection.judgements, run), seconds, tokens, top)
 
@@ -204,16 +201,20 @@ def _evaluate_one(
         opened = Retriever.open_or_create(index_folder, model, splitting=Splitting(0, 0), max_tokens=max_tokens)
         with opened as retriever:
             result.encoded = _fill(retriever, collection, progress)
-            _run_model(model, retriever, texts, modes, max_new_tokens, fuse, samples, record, result, progress)
+            settings = modes, max_new_tokens, fuse, samples, ignore_identical_ids
+            _run_model(model, retriever, texts, *settings, record, result, progress)
     for mode, baseline in BASELINES.items():
         if mode in modes:
             find = baseline(collection.documents)
             started = time.perf_counter()
             scores, rows = find(texts, DEPTH)
+            names = [document.id for document in collection.documents]
             found = [
-                [(collection.documents[row].id, float(score)) for row, score in zip(r, s, strict=True) if row >= 0]
-                for r, s in zip(rows, scores, strict=True)
+                [(names[row], float(score)) for row, score in zip(*of_query, strict=True) if row >= 0]
+                for of_query in zip(rows, scores, strict=True)
             ]
+            if ignore_identical_ids:
+                found = [[hit for hit in hits if hit[0] != name] for name, hits in zip(queries, found, strict=True)]
             record(mode, found, started)
     result.modes = {mode: result.modes[mode] for mode in modes}
     return result
@@ -246,6 +247,7 @@ def _run_model(
     max_new_tokens: int | None,
     fuse: float,
     samples: int,
+    ignore_identical_ids: bool,
     record: Callable[..., None],
     result: CollectionResult,
     progress: bool | None,
@@ -263,6 +265,8 @@ def _run_model(
             return
         started = time.perf_counter() - spent
         hits = retriever.search_vectors(vectors, DEPTH, words)
+        if ignore_identical_ids:
+            hits = [[hit for hit in found if hit.id != name] for name, found in zip(result.queries, hits, strict=True)]
         if mode == "direct":
             told = (signals(text, found) for text, found in zip(texts, hits, strict=True))
             result.signals = dict(zip(result.queries, told, strict=True))
