@@ -141,7 +141,7 @@ def evaluate(
     for collection, folder in zip(collections, folders, strict=True):
         cached = index_folder or _cached(collection, Path(folder), model, max_tokens, precision)
         used = model and (model.manifest, model.dimension, str(model.engine.device))
-        settings = cached, used, modes, precision, *given, ENCODING, version("search-r3")
+        settings = cached, used, modes, precision, *given, version("search-r3")
         content = collection.queries, collection.judgements, collection.skipped, *collection.documents
         digest = hashlib.sha256(repr(settings).encode())
         for part in content:
