@@ -5,7 +5,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
+from search_r3.model import gguf
 from search_r3.model.export import export
+from search_r3.model.prompts import Act
 from tests.conftest import TEXTS
 
 
@@ -60,3 +62,9 @@ def test_what_cannot_be_exported(checkpoint, exported, tmp_path, model):
         export(SearchR3.from_pretrained(checkpoint, dims=8), tmp_path / "cut")
     with pytest.raises(FileExistsError):
         export(model, exported)
+    prompts = model.manifest.prompts
+    joined = prompts.model_copy(update={"embed": Act(prefix=prompts.embed.prefix + "Text: ", suffix="")})
+    for write in (export, gguf.write):  # " a" is one token
+        with pytest.raises(CheckpointError, match=r"the prompt around it \('.*Text: ', ''\) merges with it"):
+            write(SearchR3.from_pretrained(checkpoint, prompts=joined), tmp_path / "joined")
+        assert not (tmp_path / "joined").exists()

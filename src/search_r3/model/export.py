@@ -28,6 +28,7 @@ def export(model: SearchR3, folder: Path, card: str = "") -> None:
     manifest, engine = model.manifest, model.engine
     if model.dimension != manifest.dimension:
         raise CheckpointError("export: the vectors of an exported model are whole; load it without --dims")
+    model.check_seams()
     act = manifest.prompts.embed
     own = engine.tokenizer.chat_template
     if not isinstance(own, str):

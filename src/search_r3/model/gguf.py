@@ -52,6 +52,7 @@ def write(model: SearchR3, folder: Path) -> None:
         raise CheckpointError("--format gguf: scaled positions and sliding windows are not supported")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _pre_tokenizer(described)
+    model.check_seams()
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     with new_folder(folder) as temporary:
         writer = gguf.GGUFWriter(temporary / NAME, config.model_type)

@@ -204,6 +204,19 @@ class SearchR3:
         if any("quantized" in type(part).__module__ for part in self.engine.model.modules()):
             raise CheckpointError("an int8 model cannot be saved; load it with dtype float32 first")
 
+    def check_seams(self) -> None:
+        """Raises CheckpointError if a text merges with the prompt around it where both are tokenised as one string."""
+        act, engine = self.manifest.prompts.embed, self.engine
+        for text in ("a text", "12 numbers", "(signs)"):
+            apart = [*engine.prefix_ids("embed"), *engine.plain_ids([text])[0], *engine.suffix_ids("embed")]
+            whole = f"{act.prefix}{text}{act.suffix}{self.manifest.embed_token}"
+            if engine.tokenizer(whole, add_special_tokens=False)["input_ids"] != [*apart, engine.embed_token_id]:
+                raise CheckpointError(
+                    f"export: other libraries would make other vectors: tokenised with a text, the prompt around it "
+                    f"({act.prefix[-9:]!r}, {act.suffix[:9]!r}) merges with it; let it end and go on with a line break "
+                    "or a control token (`init --prompts`)"
+                )
+
     def save_pretrained(self, folder: str | Path) -> Manifest:
         """Write the model (an adapter merged) as a plain checkpoint folder. Raises FileExistsError if it exists."""
         manifest, model = self.manifest, self.engine.model
