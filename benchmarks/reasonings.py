@@ -4,11 +4,18 @@
     python benchmarks/reasonings.py data/covid-faq data/perlfaq data/pystdlib:130 --writer base --told "Answer ..."
 
 A folder may be followed by how many of its queries are taken. Differences from direct search are over all queries, with
-their standard errors; use folders that are not your test sets.
+their standard errors; use folders that are not your test sets. `--others` asks what the texts are worth in other ways:
+
+hyde         the query and the texts, each embedded as a document, averaged (arXiv 2212.10496)
+query2doc    query and text embedded as one query, averaged over the texts (after arXiv 2303.07678)
+repeated     the same with the query in the text's place: the control of that, as in arXiv 2402.15449
+hybrid       direct search beside BM25; hybrid_fused: the fused vectors beside BM25
+hybrid_words the latter, with a fifth of what BM25 finds by the words of the texts
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +23,7 @@ import numpy as np
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.metrics import score_queries
+from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
 from search_r3.model.prompts import SystemPrompts, render_prompts
 from search_r3.model.reasoning import mean_vectors
 from search_r3.records import Status
@@ -23,13 +31,43 @@ from search_r3.retriever import fuse_vectors
 from search_r3.train.bootstrap import whole
 
 
-def score(collection: Collection, queries: np.ndarray, documents: np.ndarray) -> list[float]:
-    """nDCG@10 of each query."""
+def score(collection: Collection, scores: np.ndarray) -> list[float]:
+    """nDCG@10 of each query. scores: (queries, documents)."""
     run = {}
-    for query, cosines in zip(collection.queries, queries @ documents.T, strict=True):
-        run[query.id] = {collection.documents[n].id: float(cosines[n]) for n in np.argsort(-cosines)[:100]}
+    for query, line in zip(collection.queries, scores, strict=True):
+        run[query.id] = {collection.documents[n].id: float(line[n]) for n in np.argsort(-line)[:100]}
     found = score_queries(collection.judgements, run)["nDCG@10"]
     return [found[query.id] for query in collection.queries]
+
+
+def others(
+    model: SearchR3,
+    texts: list[str],
+    thoughts: list[str],
+    collection: Collection,
+    direct: np.ndarray,
+    fused: np.ndarray,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Query vectors (N, D) and shares of words (N, documents) by mode. thoughts: those of a query side by side."""
+    samples = len(thoughts) // len(texts)
+    asked = [text for text in texts for _ in range(samples)]
+    written = model.encode_documents([thought.strip() or text for thought, text in zip(thoughts, asked, strict=True)])
+    with_query = np.concatenate([direct[:, None], written.reshape(len(texts), samples, -1)], axis=1)
+    joined = model.encode_queries([f"{text}\n{thought}" for text, thought in zip(asked, thoughts, strict=True)])
+    vectors = {
+        "hyde": mean_vectors(with_query.reshape(len(texts) * (samples + 1), -1), samples + 1),
+        "query2doc": mean_vectors(joined, samples),
+        "repeated": model.encode_queries([f"{text}\n{text}" for text in texts]),
+        "hybrid": direct,
+        "hybrid_fused": fused,
+        "hybrid_words": fused,
+    }
+    rows = len(collection.documents)
+    index = LexicalIndex.build([document.content for document in collection.documents], range(rows))
+    words = np.stack([index.coverage(text, rows) for text in texts])
+    of_thoughts = np.stack([index.coverage(thought, rows) for thought in thoughts]).reshape(len(texts), samples, rows)
+    shares = {"hybrid": words, "hybrid_fused": words, "hybrid_words": words + 0.2 * of_thoughts.mean(axis=1)}
+    return vectors, shares
 
 
 def main() -> None:
@@ -43,6 +81,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=128, help="of a document")
+    parser.add_argument("--others", action="store_true", help="other uses of the texts, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     model = writer = SearchR3.from_pretrained(args.checkpoint, dtype="bfloat16")
@@ -51,7 +90,7 @@ def main() -> None:
         if args.told:
             prompts = render_prompts(writer.engine.tokenizer, SystemPrompts(reason_system=args.told))
             writer = SearchR3.from_pretrained(args.writer, dtype="bfloat16", prompts=prompts)
-    scores: dict[str, list[list[float]]] = {"direct": [], "reason": [], "fused": []}
+    scores: dict[str, list[list[float]]] = defaultdict(list)
     lengths, forced = [], []
     for given in args.folders:
         path, _, limit = given.partition(":")
@@ -71,8 +110,14 @@ def main() -> None:
             repeated = [text for text in texts for _ in range(args.samples)]
             vectors = model.encode_reasoned(repeated, model.engine.plain_ids([whole(thought) for thought in thoughts]))
         reasoned = mean_vectors(vectors, args.samples)
-        for mode, queries in (("direct", direct), ("reason", reasoned), ("fused", fuse_vectors(direct, reasoned, 0.5))):
-            scores[mode].append(score(collection, queries, documents))
+        queries = {"direct": direct, "reason": reasoned, "fused": fuse_vectors(direct, reasoned, 0.5)}
+        shares: dict[str, np.ndarray] = {}
+        if args.others:
+            written = [whole(thought) for thought in thoughts]
+            more, shares = others(model, texts, written, collection, direct, queries["fused"])
+            queries |= more
+        for mode, asked in queries.items():
+            scores[mode].append(score(collection, asked @ documents.T + LEXICAL_WEIGHT * shares.get(mode, 0)))
         print(given, {mode: round(float(np.mean(found[-1])), 4) for mode, found in scores.items()}, flush=True)
     report = {"tokens": float(np.mean(lengths)), "forced": float(np.mean(forced))}
     without = np.concatenate(scores["direct"])
