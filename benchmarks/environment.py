@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
     parser.add_argument("--batch", type=int, default=32, help="queries in a training step")
     parser.add_argument("--rate", type=float, default=2e-5, help="learning rate")
+    parser.add_argument("--seeds", type=int, default=1, help="of the environments' samples; figures are their means")
     parser.add_argument("--plot", type=Path, help="draw error against cost")
     parser.add_argument("--save", type=Path, help="keep the oracle's vectors and the rollouts, or take them from there")
     args = parser.parse_args()
@@ -180,14 +181,21 @@ def main() -> None:
     truth = play({"policy": "full"}, oracle, documents, qrels, lengths)
     for policy, settings, budgets in POLICIES:
         for budget in budgets:
-            run = play(settings | {"budget": budget}, oracle, documents, qrels, lengths)
             found: dict[str, list[float]] = {}
-            for given, exact in zip(run["outcomes"], truth["outcomes"], strict=True):
-                for name, values in compare(given, exact).items():
-                    found.setdefault(name, []).extend(values)
+            errors = []
+            for seed in range(args.seeds):
+                run = play(settings | {"budget": budget, "seed": seed}, oracle, documents, qrels, lengths)
+                for given, exact in zip(run["outcomes"], truth["outcomes"], strict=True):
+                    compared = compare(given, exact)
+                    errors.append(np.mean(compared["reward_error"]))
+                    for name, values in compared.items():
+                        found.setdefault(name, []).extend(values)
             line: dict[str, Any] = {"policy": policy, "budget": budget}
-            line |= {name: run[name] for name in ("cost_share", "documents_share", "seconds")}
+            line |= {name: run[name] for name in ("cost_share", "documents_share", "seconds")}  # of the last seed
             line |= {name: float(np.mean(values)) for name, values in found.items() if values}
+            if args.seeds > 1:
+                by_seed = np.reshape(errors, (args.seeds, -1)).mean(axis=1)
+                line["error_of_mean"] = float(by_seed.std(ddof=1) / args.seeds**0.5)
             results.append(line)
             figures = [f"{k} {v:.4f}" if isinstance(v, float) else f"{v:>30}" for k, v in line.items()]
             print("  ".join(figures), file=sys.stderr)

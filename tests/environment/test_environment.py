@@ -137,11 +137,22 @@ def test_drift_is_learnt_where_there_is_one_and_only_there():
     rng = np.random.default_rng(0)
     old = unit(rng.normal(size=(200, WIDTH)))
     turned = unit(old + old @ (0.3 * rng.normal(size=(WIDTH, WIDTH))) + 0.2)
-    drift = fit_drift(old[:150], turned[:150], rng)
+    drift, _ = fit_drift(old[:150], turned[:150], rng)
     assert (drift(old[150:]) * turned[150:]).sum(axis=1).mean() > 0.99
     assert drift.after > drift.before
     assert fit_drift(old, unit(old + 0.1 * rng.normal(size=old.shape)), rng) is None
     assert fit_drift(old[:5], turned[:5], rng) is None
+
+
+def test_rows_are_corrected_by_maps_that_have_not_seen_them():
+    rng = np.random.default_rng(0)
+    stored, turn = unit(rng.normal(size=(2000, WIDTH))), 0.2 * rng.normal(size=(WIDTH, WIDTH))
+    current = unit(stored + stored @ turn + 0.1 * rng.normal(size=stored.shape))  # the last part no map can know
+    drift, corrected = fit_drift(stored[:80], current[:80], rng)
+    near = (drift(stored) * current).sum(axis=1)
+    held_out = (corrected * current[:80]).sum(axis=1).mean()
+    assert held_out == pytest.approx(drift.after)
+    assert abs(held_out - near[80:].mean()) < 0.7 * (near[:80].mean() - near[80:].mean())
 
 
 @settings(max_examples=25, deadline=None)

@@ -368,12 +368,12 @@ class RetrievalEnvironment:
             return
         old, new, ages = index.read(rows), self.encode(rows), self.ages[rows]
         if self.policy.drift:
-            self.drift = fit_drift(old, new, self._rng, self.config.drift_rank)
-            if self.drift is not None:
+            found = fit_drift(old, new, self._rng, self.config.drift_rank)
+            if found is not None:
+                self.drift, old = found
                 for made, moves in self._under_way.values():
                     if made < self.model_step:
                         moves.append(self.drift)
-                old = self.drift(old)
                 stale = self.ages > 0
                 for block in index.blocks():
                     moved = block if stale[block].all() else np.flatnonzero(stale[block]) + block.start
