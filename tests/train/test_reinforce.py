@@ -254,8 +254,10 @@ def test_sharded_weights_without_adapters_equal_whole_ones(rl, root, tmp_path):
     whole = run(recipe, root, tmp_path / "whole")
     done = run_sharded(recipe, root, tmp_path / "sharded", stage="rl")
     assert done.returncode == 0, done.stderr[-3000:]
-    # Weights move by up to 4e-3 here; Adam makes a whole step of what rounding leaves of a gradient near zero.
-    assert_equal(weights(whole), weights(tmp_path / "sharded" / "model"), 1e-3)
+    one, other = weights(whole), weights(tmp_path / "sharded" / "model")
+    assert_equal(one, other, 1e-3)  # Adam makes a whole step of what rounding leaves of a gradient near zero ...
+    far = sum(int(((one[name] - other[name]).abs() > 1e-5).sum()) for name in one)
+    assert far <= 1e-3 * sum(part.numel() for part in one.values())  # ... which few are
 
 
 def test_sharded_weights_in_mixed_precision(rl, root, tmp_path):
