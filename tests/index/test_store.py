@@ -59,6 +59,14 @@ def test_filters_tell_true_from_one_and_from_text(store):
     assert np.flatnonzero(store.matching({"flag": [True, "true"]})).tolist() == [0, 2]
 
 
+def test_a_filter_finds_the_elements_of_a_list(store):
+    values = [["a", True, 0.1 + 0.2], "a", {"k": "a"}, [1], [["a"]]]
+    documents = [Document(str(n), "text", metadata={'t"[0].': value}) for n, value in enumerate(values)]
+    store.put(documents, [(n, 0, 4) for n in range(len(values))], np.ones((len(values), WIDTH), np.float32))
+    for wanted, rows in (("a", [0, 1]), (True, [0]), (1, [3]), (0.1 + 0.2, [0]), ("k", []), (["a", 1], [0, 1, 3])):
+        assert np.flatnonzero(store.matching({'t"[0].': wanted})).tolist() == rows
+
+
 def test_a_filter_that_no_metadata_can_equal_is_an_error(store):
     put(store, "a", "b")
     assert store.matching({"n": ("a", "b")}).all()
@@ -332,6 +340,21 @@ def test_a_failed_compaction_leaves_nothing(store, monkeypatch):
     monkeypatch.undo()
     store.compact()
     assert [path.name for path in store.folder.glob("vectors-*.bin")] == [store.vectors_name]
+
+
+@pytest.mark.parametrize("remove_only", [True, False])
+def test_another_index_in_its_place_is_not_touched(store, remove_only):
+    put(store, "a")
+    shutil.rmtree(store.folder)
+    if not remove_only:
+        with Store.create(store.folder, store.manifest) as other:
+            put(other, "b", "c")
+    for use in (lambda: put(store, "d"), store.compact, lambda: store.delete(["a"]), store.reading().__enter__):
+        with pytest.raises(StoreError, match="was replaced or removed after"):
+            use()
+    if not remove_only:
+        with Store.open(store.folder) as other:
+            assert list(other.ids()) == ["b", "c"]
 
 
 def test_one_writer_at_a_time_and_readers_see_commits(store):

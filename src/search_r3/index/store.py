@@ -135,6 +135,7 @@ class Store:
         with self._errors():
             self._db = sqlite3.connect(folder / "records.sqlite", isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA busy_timeout = 10000")
+            self._opened = _identity(folder)
         self.generation = -1
         with self.reading(verify):
             pass
@@ -255,6 +256,7 @@ class Store:
 
     def _begin(self, verify: bool) -> None:
         """Begin a transaction on the latest state. Looks again where another process numbered rows anew just then."""
+        self._check_place()
         while True:
             self._db.execute("BEGIN")
             seen = self._committed()
@@ -266,6 +268,11 @@ class Store:
                 self._db.execute("COMMIT")
                 if self._committed() == seen:
                     raise
+
+    def _check_place(self) -> None:
+        """Raise StoreError where another index stands in this one's place: their files must not mix."""
+        if _identity(self.folder) != self._opened:
+            raise StoreError(f"{self.folder}: was replaced or removed after it was opened; open it again")
 
     def moved(self) -> bool:
         """Whether another process has committed since the last look: rows may mean something else now."""
@@ -334,6 +341,7 @@ class Store:
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """(rows,) bool: passages whose document's metadata has these values; a list of values accepts any of them.
 
+        A field that is a list has each of its elements.
         Raises DataError for a value that no metadata field can equal.
         """
         found = self.alive.copy()
@@ -345,12 +353,14 @@ class Store:
                     raise DataError(f"where: field {key!r}: {value!r} is no text, number of 64 bits, true or false")
             # SQLite reads true as 1, which is another value; bytes equal no text
             values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
+            plain = "CASE WHEN {0}.type IN ('true', 'false') THEN CAST({0}.type AS BLOB) ELSE {0}.value END"
+            equal = f"{plain} IN ({','.join('?' * len(values))})"
             with self._errors():
                 rows = self._db.execute(
                     "SELECT row FROM passages JOIN documents ON documents.id = document, json_each(metadata) AS field "
-                    "WHERE field.key = ? AND CASE WHEN field.type IN ('true', 'false') THEN CAST(field.type AS BLOB) "
-                    f"ELSE field.value END IN ({','.join('?' * len(values))}) AND row < ?",
-                    [key, *values, self.rows],
+                    f"WHERE row < ? AND field.key = ? AND ({equal.format('field')} OR EXISTS (SELECT 1 FROM json_each("
+                    f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {equal.format('item')}))",
+                    [self.rows, key, *values, *values],
                 ).fetchall()
             these = np.zeros_like(found)
             these[[row for (row,) in rows]] = True
@@ -363,6 +373,7 @@ class Store:
         if self._lock is not None:
             yield
             return
+        self._check_place()
         with self._errors():
             lock = (self.folder / "lock").open("w")
         try:
@@ -529,6 +540,14 @@ class Store:
                 f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "
                 "mend this and run again"
             ) from error
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the file of records, whatever its name; None where there is none."""
+    with suppress(OSError):
+        status = (folder / "records.sqlite").stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _age(path: Path) -> float:
