@@ -150,6 +150,16 @@ def test_queries_and_judgements_are_checked(tmp_path):
     with pytest.raises(DataError, match=r"t\.tsv:2: score 'x' is not a whole number"):
         read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td\tx"))
 
+    with pytest.raises(DataError, match=r"t\.tsv:4: query 'q' and document 'd' had another score before"):
+        read_judgements(write(tmp_path / "t.tsv", "query-id\tcorpus-id\tscore", "q\td\t2", "q\td\t2", "q\td\t0"))
+
+
+def test_a_title_field_that_no_record_has_is_an_error(tmp_path):
+    path = write(tmp_path / "c.jsonl", {"_id": "a", "text": "a", "head": "h"}, {"_id": "b", "text": "b"})
+    with pytest.raises(DataError, match=r"c\.jsonl:1: no field for the title \(looked for haed; found _id, text, h"):
+        list(read_documents(path, Fields(title="haed")))
+    assert [document.title for document in read_documents(path, Fields(title="head"))] == ["h", ""]
+
 
 def test_what_would_lose_records_silently_is_an_error(tmp_path):
     unclosed = tmp_path / "unclosed.csv"

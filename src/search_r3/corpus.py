@@ -40,7 +40,7 @@ class Fields:
     text: str | None = None
     """Column of the body; default: the first of `text`, `body`, `content`, `contents`, `passage`."""
     title: str | None = None
-    """Column of the title; default: `title`, which may be missing."""
+    """Column of the title; default: `title`, which may be missing. One that is named must be in the first record."""
 
 
 def read_documents(
@@ -55,6 +55,8 @@ def read_documents(
     seen: dict[bytes, str] = {}  # a digest and a place per document: memory does not grow with the text
     for where, record in read_records(source, on_bad):
         try:
+            if fields.title and not seen and fields.title not in record:  # later ones may do without
+                _first(where, record, [fields.title], "title")
             document = _document(where, record, fields)
             digest = hashlib.blake2b(document.id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
             if digest in seen:
@@ -94,7 +96,9 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, int]]:
                 raise DataError(f"{path}:{number}: {len(row)} columns; need query-id, corpus-id and score")
             if not re.fullmatch(r"-?\d{1,6}", row[2]):
                 raise DataError(f"{path}:{number}: score {row[2]!r} is not a whole number of at most six digits")
-            judgements.setdefault(row[0], {})[row[1]] = int(row[2])
+            judged = judgements.setdefault(row[0], {})
+            if judged.setdefault(row[1], int(row[2])) != int(row[2]):
+                raise DataError(f"{path}:{number}: query {row[0]!r} and document {row[1]!r} had another score before")
     return judgements
 
 

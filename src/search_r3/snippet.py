@@ -24,10 +24,9 @@ def snippet(text: str, query: str, width: int = 240) -> tuple[str, list[tuple[in
             matches, key=lambda m: len({x.group().lower() for x in matches if 0 <= x.start() - m.start() < width})
         )
         start = max(0, best.start() - width // 4)
-        if start:
-            start = text.rfind(" ", 0, start) + 1
+        start = text.rfind(" ", max(0, start - width // 4), start) + 1 or start  # some scripts have no spaces
     end = min(len(text), start + width)
-    if end < len(text) and (space := text.rfind(" ", start, end)) > start:  # some scripts have no spaces
+    if end < len(text) and (space := text.rfind(" ", start, end)) > start:
         end = space
     shown = text[start:end]
     ranges = [(m.start() - start, m.end() - start) for m in matches if start <= m.start() and m.end() <= end]

@@ -99,6 +99,8 @@ def test_an_outcome_tells_what_a_reward_needs():
     assert dcg(outcome) == pytest.approx(by_hand / (2 + 1 / np.log2(3)), abs=1e-6)
     twins = replace(outcome, relevant=tuple(Relevant(name, 1, 1, 1.0, True) for name in "ab"))
     assert dcg(twins) == pytest.approx(1)
+    lower = replace(outcome, relevant=tuple(Relevant(name, 1, 3, 1.0, True) for name in "ab"))
+    assert dcg(lower) == pytest.approx((1 / 2 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

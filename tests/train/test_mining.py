@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,12 @@ def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
     assert sorted(record["query_id"] for record in records) == [f"q{n}" for n in range(6)]
     assert [json.loads(line)["query_id"] for line in first.splitlines()] != ["q0", "q1", "q2"]  # drawn, not the first
     assert report["queries"] == 6
+    assert bootstrap(model, folder, output, how, limit=3, progress=False)["queries"] == 3
+    with pytest.raises(DataError, match=r"thoughts.jsonl: was made with another temperature, seed"):
+        bootstrap(model, folder, output, replace(how, temperature=1.0, seed=1), progress=False)
+    (tmp_path / "thoughts.jsonl.settings.json").unlink()
+    with pytest.raises(DataError, match="does not tell how it was made"):
+        bootstrap(model, folder, output, how, progress=False)
     for record in records:
         assert record["rank"] == min(record["ranks"])
         assert (record["thought"] is None) or record["rank"] < record["direct_rank"]

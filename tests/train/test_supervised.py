@@ -319,7 +319,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(recipe, root, tmp_p
     monkeypatch.setattr(trainer, "info_nce", spoiled)
     with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*train:q"):
         train(prepare(recipe, root), tmp_path / "run", progress=False)
+    kept = [tmp_path / "run" / name for name in ("checkpoint-2-copy", "checkpoint-best")]
+    for folder in kept:
+        folder.mkdir()
     assert latest(tmp_path / "run").name == "checkpoint-2"
+    assert all(folder.exists() for folder in kept)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(recipe, root, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -98,7 +99,8 @@ def dcg(outcome: Outcome) -> float:
 
     In [0, 1]. The reward nearest to that of Search-R3 (arXiv 2510.07048).
     """
-    ranks = [max(r.rank, place) for place, r in enumerate(outcome.relevant, 1)]  # equal scores share no rank
+    # Equal scores share no rank.
+    ranks = accumulate((r.rank for r in outcome.relevant), lambda last, rank: max(last + 1, rank))
     gained = sum(
         r.grade * (1 + r.similarity) / 2 / np.log2(1 + rank) for r, rank in zip(outcome.relevant, ranks, strict=True)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from search_r3.errors import DataError
 from search_r3.evaluate.collection import Collection, cut, load_collection
-from search_r3.files import write_text
+from search_r3.files import write_json, write_text
 from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
 from search_r3.records import Document, Reasoned, Status
@@ -60,8 +60,9 @@ def bootstrap(
     limit: so many queries, drawn at random. documents: cut the corpus to so many, the relevant ones first. writer: the
     model that writes the enrichments; by default the one that embeds after them. Ranks are of the best relevant
     document within the corpus; `thought` is null where nothing is kept. A file that holds records is gone on with: what
-    an interruption left is not done again. One sample that is kept in any case is not ranked, and has no ranks.
-    Returns counts and mean ranks.
+    an interruption left is not done again. FILE.settings.json beside it tells how they were drawn, and others are
+    refused (DataError). One sample that is kept in any case is not ranked, and has no ranks. Returns counts and mean
+    ranks.
     """
     ranking, size = how.samples > 1 or how.only_better, max(1, ROWS // how.samples)
     collection = cut(_drawn(load_collection(folder, split), limit, how.seed), None, documents)
@@ -73,6 +74,8 @@ def bootstrap(
     if ranking:  # a query without a relevant document has no rank
         collection = replace(collection, queries=[query for query in collection.queries if relevant[query.id]])
     done = _done(output)
+    settings = asdict(how) | {"split": split, "documents": documents, "model": model.fingerprint}
+    _check_settings(output, settings | {"writer": (writer or model).manifest.weights_sha256}, bool(done))
     places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
     if todo and ranking:
@@ -108,7 +111,7 @@ def bootstrap(
                 record = {"query_id": query.id, "thought": thoughts[mine][best] if kept else None}
                 file.write(dump(record | {"rank": ranks[best], "direct_rank": before, "ranks": ranks}))
             file.flush()
-    records = list(_done(output).values())
+    records = [record for name, record in _done(output).items() if name in places]
     return {
         "queries": len(records),
         "kept": sum(record["thought"] is not None for record in records),
@@ -174,6 +177,21 @@ def _ranks(vectors: np.ndarray, documents: np.ndarray, relevant: list[int]) -> l
 
 def _mean_reciprocal(records: list[dict[str, Any]], field: str) -> float:
     return float(sum(1 / record[field] for record in records)) / max(len(records), 1)
+
+
+def _check_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
+    """Note how a file's records are drawn, or raise DataError where those it holds were drawn otherwise."""
+    path = output.with_name(f"{output.name}.settings.json")
+    if not begun:
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if before[name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{output}: {path.name} does not tell how it was made ({error}); give a new file") from error
+    if changed:
+        raise DataError(f"{output}: was made with another {', '.join(changed)}; restore that or give a new file")
 
 
 def _done(output: Path) -> dict[str, dict[str, Any]]:

@@ -96,13 +96,13 @@ def draw_map(retriever: Retriever, query: str, image: Path) -> None:
     for hit in retriever.search_vectors(thought.vector[None], 5)[0]:
         row = next((n for n, passage in enumerate(passages) if passage.document.id == hit.id), None)
         if row is not None:
-            axes.annotate(hit.title or hit.id, places[row], fontsize=8, color="0.3")
+            axes.annotate(hit.title or hit.id, places[row], fontsize=8, color="0.3", parse_math=False)
     axes.annotate("", reasoned, direct, arrowprops={"arrowstyle": "->", "linestyle": "--", "color": "0.4"})
     axes.scatter(*direct, s=60, label="direct")
     axes.scatter(*reasoned, s=60, label="after reasoning")
-    axes.set(
-        title=f"{query}\n({100 * plane.explained:.0f} % of how {len(passages)} passages differ)", xticks=[], yticks=[]
-    )
+    about = f"{100 * plane.explained:.0f} % of how {len(passages)} passages differ"
+    axes.set_title(f"{query}\n({about})", parse_math=False)
+    axes.set(xticks=[], yticks=[])
     axes.legend()
     figure.savefig(image, dpi=120)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -109,7 +110,8 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
 
 def latest(output: Path, needed: Sequence[str] = ()) -> Path | None:
     """The newest complete checkpoint; what a kill left half-written is removed. needed: files it must also hold."""
-    for folder in sorted(output.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+    numbered = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(numbered, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((folder / STATE).read_text(encoding="utf-8"))
             if all((folder / name).exists() for name in needed):
