@@ -12,6 +12,7 @@ from statistics import fmean
 
 from search_r3.evaluate.report import markdown
 from search_r3.files import write_json, write_text
+from search_r3.model.checkpoint import MANIFEST
 from search_r3.model.default import ADAPTER
 
 STAGES = {
@@ -185,7 +186,9 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str, full: d
         "scores = model.similarity(queries, documents)",
         "```",
         "",
-        "By default documents are cut at 512 tokens, queries at 256 and reasonings at 64.",
+        "By default documents are cut at {document} tokens, queries at {query} and reasonings at {reasoning}.".format(
+            **read(folder / MANIFEST)["max_tokens"]
+        ),
         "",
         "## Intended use and limits",
         "",
@@ -201,7 +204,7 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str, full: d
         "|---|---|",
         *(f"| {source} | {meta.get('license', '')} |" for source, meta in metas.items()),
         "",
-        "SHA-256 over the examples of each stage, whose recipe is in `training.json`:",
+        "SHA-256 over the examples of each stage, whose recipe is in `search_r3.json`:",
         "",
         *hashes,
         "",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
 from search_r3.model import checkpoint as module
-from search_r3.model.checkpoint import EMBED_TOKEN, initialise, read_manifest, resolve
+from search_r3.model.checkpoint import EMBED_TOKEN, MaxTokens, Parent, describe, initialise, read_manifest, resolve
 from search_r3.model.prompts import SystemPrompts
 from search_r3.retriever import Retriever
 from tests.conftest import TEXTS, build_base
@@ -208,8 +208,11 @@ def test_default_is_the_base_with_the_shipped_adapter_merged_once(base_folder, t
     monkeypatch.setattr(default, "load_default_base", None)  # neither is made again
     assert SearchR3.from_pretrained("default").fingerprint == trained.fingerprint
     asked = base.manifest.prompts.model_copy(update={"reason": base.manifest.prompts.embed})
-    (tmp_path / "adapter" / "prompts.json").write_text(asked.model_dump_json())
-    assert SearchR3.from_pretrained("default").manifest.prompts == asked
+    lengths, parent = MaxTokens(reasoning=5), Parent(source="base", weights_sha256="of another machine's conversion")
+    told = describe(tmp_path / "adapter", base.engine.model, base.engine.tokenizer, asked, EMBED_TOKEN, lengths, parent)
+    (tmp_path / "adapter" / "search_r3.json").write_text(told.model_dump_json())
+    again = SearchR3.from_pretrained("default").manifest
+    assert (again.prompts, again.max_tokens) == (asked, lengths)
 
 
 def test_the_shipped_adapter_is_small_safe_and_names_its_base():

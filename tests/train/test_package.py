@@ -1,9 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
-from search_r3.model.checkpoint import Stage, load, save
+from search_r3.model.checkpoint import MaxTokens, Stage, initialise, load, read_manifest, save
 from search_r3.train.package import extract_adapter
 
 
@@ -47,9 +49,7 @@ def test_an_adapter_brings_its_prompts(checkpoint, trained, tmp_path):
     assert SearchR3.from_pretrained(tmp_path / "adapter").manifest.prompts == prompts
     given = SearchR3.from_pretrained(tmp_path / "adapter", prompts=manifest.prompts)
     assert given.manifest.prompts == manifest.prompts
-    (tmp_path / "adapter" / "prompts.json").write_text("{}}")
-    with pytest.raises(CheckpointError, match=r"prompts\.json: not a readable"):
-        SearchR3.from_pretrained(tmp_path / "adapter")
+    assert read_manifest(tmp_path / "adapter").prompts == prompts
 
 
 def test_an_adapter_tells_how_it_was_trained(checkpoint, trained, tmp_path):
@@ -61,10 +61,25 @@ def test_an_adapter_tells_how_it_was_trained(checkpoint, trained, tmp_path):
     assert merged.manifest.training == made
     assert merged.save_pretrained(tmp_path / "merged").training == made
     extract_adapter(tmp_path / "merged", tmp_path / "told", tmp_path / "rest")
-    assert not (tmp_path / "rest" / "training.json").exists()  # its base tells it
+    assert read_manifest(tmp_path / "rest").training == ()  # its base tells it
     assert SearchR3.from_pretrained(tmp_path / "rest").manifest.training == made
-    (tmp_path / "adapter" / "training.json").write_text('[{"stage": "sft"}]')
-    with pytest.raises(CheckpointError, match=r"training\.json: 0\.recipe: Field required"):
+
+
+def test_an_adapter_brings_its_lengths_and_knows_its_base(checkpoint, trained, tmp_path, monkeypatch):
+    model, tokenizer, manifest = load(trained[1]("model"))
+    short = MaxTokens(reasoning=7)
+    save(tmp_path / "short", model, tokenizer, manifest.prompts, embed_token=manifest.embed_token, max_tokens=short)
+    shutil.copytree(checkpoint, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    extract_adapter("short", "base/", tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    merged = SearchR3.from_pretrained(tmp_path / "adapter")
+    assert merged.save_pretrained(tmp_path / "merged").max_tokens == merged.manifest.max_tokens == short
+    assert initialise(tmp_path / "merged", tmp_path / "asked").max_tokens == short
+    save(tmp_path / "other", model, tokenizer, manifest.prompts, embed_token=manifest.embed_token)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "other").rename(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="was trained on other weights"):
         SearchR3.from_pretrained(tmp_path / "adapter")
 
 

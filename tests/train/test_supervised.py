@@ -300,6 +300,11 @@ def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
     changed = recipe.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.5"):
         train(prepare(changed, root), run, resume=True)
+    record = json.loads((run / "run.json").read_text())
+    record["base"]["weights_sha256"] = "of others"
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match="other weights or prompts than when this run began"):
+        train(prepare(recipe, root), run, resume=True)
     corpus = root / "train" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("archive", "ARCHIVE"))
     with pytest.raises(TrainingError, match="training data changed"):

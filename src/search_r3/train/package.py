@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from search_r3.errors import CheckpointError
-from search_r3.files import new_folder, write_json
-from search_r3.model.checkpoint import PROMPTS, TRAINING, load, resolve
+from search_r3.files import new_folder, write_text
+from search_r3.model.checkpoint import MANIFEST, Parent, describe, load, resolve
 
 TOKEN_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"  # the row itself
 
@@ -22,7 +22,7 @@ TOKEN_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_
 def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank: int = 24) -> dict[str, float]:
     """Write a LoRA adapter in bfloat16 (PEFT's format) that turns `base` into nearly `checkpoint`.
 
-    Beside it, where they differ from the base's: its prompts, and the runs that trained it.
+    Its manifest holds the prompts, the lengths, and the runs that trained it after the base.
     Returns the share of the change that is kept (squared norm) and the adapter's size in MB. Raises CheckpointError for
     models of other shapes, for changes that no such adapter can hold, and if `output` exists.
     """
@@ -30,7 +30,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
 
     if output.exists():
         raise CheckpointError(f"{output}: exists already; give a new folder")
-    trained, _, manifest = load(resolve(checkpoint))
+    trained, tokenizer, manifest = load(resolve(checkpoint))
     original, _, base_manifest = load(resolve(base))
     if manifest.embed_token_id != base_manifest.embed_token_id:
         raise CheckpointError(f"{checkpoint} and {base} have different embedding tokens; give the base it came from")
@@ -62,6 +62,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         names.append(name.removesuffix(".weight").split(".")[-1])
     if not names:
         raise CheckpointError(f"{checkpoint}: no layer differs from {base}; there is nothing to package")
+    named = str(base) if str(base) in ("default", "base") or not Path(base).is_dir() else str(Path(base).resolve())
     config: Any = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -70,16 +71,23 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         trainable_token_indices={"embed_tokens": [manifest.embed_token_id]},
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=str(base),
+        base_model_name_or_path=named,
     )
     stored = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     with new_folder(output) as folder:
         save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(0o644)
         config.save_pretrained(str(folder))
-        if manifest.prompts != base_manifest.prompts:
-            write_json(folder / PROMPTS, manifest.prompts.model_dump())
-        if added := [stage for stage in manifest.training if stage not in base_manifest.training]:
-            write_json(folder / TRAINING, [stage.model_dump() for stage in added])
+        own = describe(
+            folder,
+            trained,
+            tokenizer,
+            manifest.prompts,
+            manifest.embed_token,
+            manifest.max_tokens,
+            Parent(source=named, weights_sha256=base_manifest.weights_sha256),
+            tuple(stage for stage in manifest.training if stage not in base_manifest.training),
+        )
+        write_text(folder / MANIFEST, own.model_dump_json(indent=2) + "\n")
     size = (output / "adapter_model.safetensors").stat().st_size / 1e6
     return {"kept": kept / total if total else 1.0, "megabytes": size}

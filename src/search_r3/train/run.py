@@ -86,7 +86,7 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-    began = {name: before[name] for name in ("versions", "commit") if name in before}
+    began = {name: before[name] for name in ("versions", "commit", "base") if name in before}
     write_json(path, {"stage": stage, "recipe": recipe, "data": data, **began, **notes})
 
 
@@ -123,17 +123,27 @@ def latest(output: Path, needed: Sequence[str] = ()) -> Path | None:
 
 
 def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
-    """The model in float32; one without an embedding token is given one first."""
+    """The model in float32; one without an embedding token is given one first.
+
+    run.json tells its hash and prompts. Raises TrainingError where this run began with others.
+    """
     folder = resolve(name)
     try:
-        return load(folder)
+        loaded = load(folder)
     except CheckpointError as error:
         if "search-r3 init" not in str(error):
             raise
-    prepared = output / "initial"
-    if not prepared.exists():
-        initialise(folder, prepared)
-    return load(prepared)
+        prepared = output / "initial"
+        if not prepared.exists():
+            initialise(folder, prepared)
+        loaded = load(prepared)
+    base = {"weights_sha256": loaded[2].weights_sha256, "prompts": loaded[2].prompts.model_dump(mode="json")}
+    record = json.loads((output / RUN).read_text(encoding="utf-8"))
+    if "base" not in record:
+        write_json(output / RUN, record | {"base": base})
+    elif record["base"] != base:
+        raise TrainingError(f"{output}: {name} has other weights or prompts than when this run began; restore them")
+    return loaded
 
 
 def sharded(accelerator: Accelerator) -> bool:
