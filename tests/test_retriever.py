@@ -185,6 +185,18 @@ def test_passages_longer_than_what_is_read_of_them_are_refused(model, tmp_path):
         assert retriever.store.manifest.max_tokens == 600
 
 
+def test_a_title_leaves_room_for_each_passage(model, tmp_path):
+    long = " ".join(f"word{n}" for n in range(90))
+    with Retriever.create(tmp_path / "index", model, splitting=Splitting(40, 4), max_tokens=40) as retriever:
+        for title in ("", "tar archives", "a title that is longer than half of all that is read " * 2):
+            plan = retriever.plan([Document("long", long, title)])
+            read = max(len(tail) for tail in plan.tails) - len(model.engine.suffix_ids("embed"))
+            parts = [Document("", long[start:end], title).content for _, start, end in plan.ranges]
+            most = max(map(len, model.engine.plain_ids(parts)))
+            assert (most == read) == (len(title) < 50)
+            assert most < 100
+
+
 def test_deleted_rows_do_not_pile_up(model, tmp_path):
     with Retriever.create(tmp_path / "index", model) as retriever:
         documents = [Document(str(n), f"text {n}") for n in range(1200)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from search_r3.records import Document
@@ -24,6 +24,14 @@ class Splitting:
     def __post_init__(self) -> None:
         if self.tokens < 0 or not 0 <= self.overlap < max(self.tokens, 1):
             raise ValueError(f"need tokens >= 0 and 0 <= overlap < tokens, got {self}")
+
+    def beside(self, title: int, most: int) -> Splitting:
+        """Passages that are read to their end beside a title of so many tokens, where `most` are read of both.
+
+        They are never shorter than half: the longest titles are not worth more.
+        """
+        tokens = max(min(self.tokens, most - title), self.tokens // 2)
+        return replace(self, tokens=tokens, overlap=min(self.overlap, tokens // 2))
 
 
 def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[tuple[int, int]]:

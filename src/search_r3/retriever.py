@@ -240,11 +240,18 @@ class Retriever:
         for number, document in enumerate(new):
             if not document.content.strip():
                 raise DataError(f"document {document.id!r} is empty; remove it or fill it")
-            for start, end in split(document, self.model.engine.plain_tokenizer, self.store.manifest.splitting):
+            for start, end in split(document, self.model.engine.plain_tokenizer, self._splitting(document.title)):
                 ranges.append((number, start, end))
                 texts.append(Passage(document, start, end).content)
         tails = self.model.engine.tails(texts, "embed", self.store.manifest.max_tokens)
         return Plan(new, ranges, tails, Added(len(new) - updated, updated, len(latest) - len(new)))
+
+    def _splitting(self, title: str) -> Splitting:
+        """The index's, with room for the title that stands before every passage."""
+        kept, most = self.store.manifest.splitting, self.store.manifest.max_tokens
+        if not title or len(title.encode()) + kept.tokens < most:  # a token is at least one byte
+            return kept
+        return kept.beside(len(self.model.engine.plain_ids([title])[0]) + 1, most)
 
     def commit(self, plan: Plan, vectors: np.ndarray) -> None:
         """Store what was planned, in one step. vectors: (len(plan.tails), D) float32. Dead rows do not pile up."""
