@@ -30,6 +30,9 @@ def test_text_without_spaces_is_not_cut_to_nothing():
 def test_a_match_far_into_text_without_spaces_is_shown():
     shown, ranges = snippet("see " + "a/" * 300 + "certificate" + "/a" * 300, "certificate", 100)
     assert [shown[a:b] for a, b in ranges] == ["certificate"]
+    for before in ("word " * 5, "word " * 100 + "x/" * 15):
+        shown, ranges = snippet(before + "certificate" + "/x" * 200 + " end of it", "certificate", 100)
+        assert [shown[a:b] for a, b in ranges] == ["certificate"]
 
 
 def test_long_queries_and_repeated_words_take_no_time():

@@ -271,10 +271,10 @@ def bootstrap(
         return
     model = load_model(checkpoint, precision, device)
     teacher = load_model(writer, precision, device) if writer else None
-    from search_r3.train.bootstrap import Sampling
+    from search_r3.train.bootstrap import RejectionSampling
     from search_r3.train.bootstrap import bootstrap as sample
 
-    how = Sampling(samples, temperature, max_new_tokens, seed, least_words, not keep_all)
+    how = RejectionSampling(samples, temperature, max_new_tokens, seed, least_words, not keep_all)
     with interruptible(f"what was found is in {output}; the same command goes on"):
         report = sample(model, dataset, output, how, split=split, limit=limit, documents=documents, writer=teacher)
     print_json(report) if json_ else out.print_json(data=report)

@@ -53,10 +53,10 @@ def read_documents(
     """
     fields = fields or Fields()
     seen: dict[bytes, str] = {}  # a digest and a place per document: memory does not grow with the text
-    for where, record in read_records(source, on_bad):
+    for number, (where, record) in enumerate(read_records(source, on_bad)):
+        if fields.title and not number and fields.title not in record:  # later ones may do without
+            _first(where, record, [fields.title], "title")
         try:
-            if fields.title and not seen and fields.title not in record:  # later ones may do without
-                _first(where, record, [fields.title], "title")
             document = _document(where, record, fields)
             digest = hashlib.blake2b(document.id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
             if digest in seen:

@@ -30,7 +30,9 @@ class Splitting:
 
         They are never shorter than half: the longest titles are not worth more.
         """
-        tokens = max(min(self.tokens, most - title), self.tokens // 2)
+        if title + self.tokens <= most or not self.tokens:
+            return self
+        tokens = max(most - title, self.tokens // 2, 1)
         return replace(self, tokens=tokens, overlap=min(self.overlap, tokens // 2))
 
 

@@ -18,15 +18,15 @@ def snippet(text: str, query: str, width: int = 240) -> tuple[str, list[tuple[in
     wanted = {word for word in _words(query) if len(word) > 2}
     openings = {word[:end] for word in wanted for end in range(_SHORTEST, len(word))}
     matches = list(islice((m for m in _WORD.finditer(text) if _alike(m.group().lower(), wanted, openings)), MATCHES))
-    start = 0
+    start, least = 0, matches[-1].end() if matches else 0
     if matches and matches[-1].end() > width:
         best = max(
             matches, key=lambda m: len({x.group().lower() for x in matches if 0 <= x.start() - m.start() < width})
         )
-        start = max(0, best.start() - width // 4)
+        start, least = max(0, best.start() - width // 4), best.end()
         start = text.rfind(" ", max(0, start - width // 4), start) + 1 or start  # some scripts have no spaces
     end = min(len(text), start + width)
-    if end < len(text) and (space := text.rfind(" ", start, end)) > start:
+    if end < len(text) and (space := text.rfind(" ", max(start, least), end)) > start:
         end = space
     shown = text[start:end]
     ranges = [(m.start() - start, m.end() - start) for m in matches if start <= m.start() and m.end() <= end]

@@ -343,13 +343,17 @@ def test_a_failed_compaction_leaves_nothing(store, monkeypatch):
 
 
 @pytest.mark.parametrize("remove_only", [True, False])
-def test_another_index_in_its_place_is_not_touched(store, remove_only):
+@pytest.mark.parametrize("locked", [True, False])
+def test_another_index_in_its_place_is_not_touched(store, remove_only, locked):
     put(store, "a")
+    if locked:
+        store.writing().__enter__()
     shutil.rmtree(store.folder)
     if not remove_only:
         with Store.create(store.folder, store.manifest) as other:
             put(other, "b", "c")
-    for use in (lambda: put(store, "d"), store.compact, lambda: store.delete(["a"]), store.reading().__enter__):
+    uses = [lambda: put(store, "d"), store.compact, lambda: store.delete(["a"]), store.reading().__enter__]
+    for use in uses:
         with pytest.raises(StoreError, match="was replaced or removed after"):
             use()
     if not remove_only:

@@ -8,7 +8,7 @@ from search_r3 import SearchR3
 from search_r3.errors import DataError
 from search_r3.model.checkpoint import initialise
 from search_r3.records import Reasoned, Status
-from search_r3.train.bootstrap import Sampling, bootstrap, quote, whole
+from search_r3.train.bootstrap import RejectionSampling, bootstrap, quote, whole
 from search_r3.train.data import _thoughts
 from search_r3.train.mining import Mining, lexical_search, mine, model_search
 from tests.conftest import TEXTS
@@ -46,7 +46,7 @@ def test_bm25_and_a_model_can_search(root, model):
 def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
     folder = write_set(tmp_path / "set", 6)
     output = tmp_path / "thoughts.jsonl"
-    how = Sampling(samples=3, max_new_tokens=6)
+    how = RejectionSampling(samples=3, max_new_tokens=6)
     bootstrap(model, folder, output, how, limit=3, progress=False)
     first = output.read_text()
     assert len(first.splitlines()) == 3
@@ -75,7 +75,7 @@ def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
     folder = write_set(tmp_path / "set", 6)
     initialise(base, tmp_path / "writer")
     writer = SearchR3.from_pretrained(tmp_path / "writer")
-    how = Sampling(samples=2, max_new_tokens=6, only_better=False)
+    how = RejectionSampling(samples=2, max_new_tokens=6, only_better=False)
     bootstrap(model, folder, tmp_path / "a.jsonl", how, limit=3, documents=4, writer=writer, progress=False)
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     queries = [f"{TEXTS[n][:18]} {n}" for n in (int(record["query_id"][1:]) for record in records)]
@@ -87,7 +87,7 @@ def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
 
 def test_one_sample_is_not_ranked_and_short_ones_are_not_kept(tmp_path, model):
     folder = write_set(tmp_path / "set", 6)
-    how = Sampling(samples=1, max_new_tokens=6, only_better=False)
+    how = RejectionSampling(samples=1, max_new_tokens=6, only_better=False)
     report = bootstrap(model, folder, tmp_path / "a.jsonl", how, progress=False)
     assert report == {"queries": 6, "kept": 6}
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_one_sample_is_not_ranked_and_short_ones_are_not_kept(tmp_path, model):
     words = sorted(len(record["thought"].split()) for record in records)
     least = words[-1]
     assert words[0] < least
-    how = Sampling(samples=1, max_new_tokens=6, only_better=False, least_words=least)
+    how = RejectionSampling(samples=1, max_new_tokens=6, only_better=False, least_words=least)
     report = bootstrap(model, folder, tmp_path / "b.jsonl", how, progress=False)
     assert report == {"queries": 6, "kept": words.count(least)}
 

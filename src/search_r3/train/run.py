@@ -86,6 +86,8 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
+        if old.get("model") != recipe.get("model"):
+            before.pop("base", None)
     began = {name: before[name] for name in ("versions", "commit", "base") if name in before}
     write_json(path, {"stage": stage, "recipe": recipe, "data": data, **began, **notes})
 
@@ -125,7 +127,7 @@ def latest(output: Path, needed: Sequence[str] = ()) -> Path | None:
 def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Manifest]:
     """The model in float32; one without an embedding token is given one first.
 
-    run.json tells its hash and prompts. Raises TrainingError where this run began with others.
+    run.json tells what it is. Raises TrainingError where this run began with another under the same name.
     """
     folder = resolve(name)
     try:
@@ -137,7 +139,13 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
         if not prepared.exists():
             initialise(folder, prepared)
         loaded = load(prepared)
-    base = {"weights_sha256": loaded[2].weights_sha256, "prompts": loaded[2].prompts.model_dump(mode="json")}
+    manifest = loaded[2]
+    base = {
+        # Ours are made on each machine, with another rounding perhaps; how they were trained tells them apart.
+        "weights_sha256": None if name in ("base", "default") else manifest.weights_sha256,
+        "data": [stage.data for stage in manifest.training],
+        "prompts": manifest.prompts.model_dump(mode="json"),
+    }
     record = json.loads((output / RUN).read_text(encoding="utf-8"))
     if "base" not in record:
         write_json(output / RUN, record | {"base": base})
