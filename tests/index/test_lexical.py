@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from search_r3.errors import StoreError
@@ -46,6 +47,13 @@ def test_coverage_is_bm25_over_the_idf_of_all_words_of_the_query():
     rare, unknown = math.log(1 + 2.5 / 1.5), math.log(1 + 3.5 / 0.5)
     half = index.coverage("stock zebra", 5)  # a word that no text has counts as the rarest
     assert half[3] == pytest.approx(covered[3] * rare / (rare + unknown), rel=1e-5)
+
+
+@pytest.mark.parametrize(("words", "root"), [(1, 1), (4, 2), (25, 5), (100, 5)])
+def test_the_worth_of_a_share_grows_with_the_root_of_the_words(words, root):
+    index, query = LexicalIndex.build(TEXTS, range(3)), "stock " * words
+    np.testing.assert_allclose(index.worth(query, 3), 0.2 * root * index.coverage(query, 3), rtol=1e-6)
+    assert index.worth(query, 3).dtype == np.float32
 
 
 @pytest.mark.parametrize("query", ["", "the", "zebra", "!?"])

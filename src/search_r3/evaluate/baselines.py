@@ -12,7 +12,7 @@ import numpy as np
 
 from search_r3.files import cache_home
 from search_r3.index.exact import ExactIndex
-from search_r3.index.lexical import LEXICAL_WEIGHT, LexicalIndex
+from search_r3.index.lexical import LexicalIndex
 from search_r3.records import Document
 
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
@@ -37,7 +37,7 @@ def minilm_hybrid(documents: Sequence[Document]) -> Search:
     def search(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         best, rows = [], []
         for vector, query in zip(encode(queries), queries, strict=True):
-            scores = vectors @ vector + LEXICAL_WEIGHT * words.coverage(query, len(vectors))
+            scores = vectors @ vector + words.worth(query, len(vectors))
             rows.append(np.argsort(-scores, kind="stable")[:k])
             best.append(scores[rows[-1]])
         return np.stack(best), np.stack(rows)

@@ -14,7 +14,7 @@ import numpy as np
 from search_r3.errors import StoreError
 
 QUERY_CHARACTERS = 8000  # of a query that are read: time grows with its words, and the model reads fewer still
-LEXICAL_WEIGHT = 0.5  # of `coverage` beside the cosine; how it was chosen stands in docs/evaluation.md
+LEXICAL_WEIGHT, MOST_WORDS = 0.2, 25  # of `LexicalIndex.worth`; how they were chosen stands in docs/evaluation.md
 
 
 class LexicalIndex:
@@ -77,8 +77,19 @@ class LexicalIndex:
         >>> [round(float(share), 2) for share in index.coverage("pack files", 2)]
         [0.51, 0.11]
         """
+        return self._coverage(_words(query), rows)
+
+    def worth(self, query: str, rows: int) -> np.ndarray:
+        """(rows,) float32: what hybrid search adds to a cosine, 0.2 * sqrt(n) * `coverage` for a query of n words.
+
+        A share of n words is a mean of n, of which chance takes less the larger n is, by its square root. n counts up
+        to 25: longer texts say the same again. (ours)
+        """
+        words = _words(query)
+        return np.float32(LEXICAL_WEIGHT * min(len(words), MOST_WORDS) ** 0.5) * self._coverage(words, rows)
+
+    def _coverage(self, words: list[str], rows: int) -> np.ndarray:
         found = np.zeros(rows, dtype=np.float32)
-        words = [word for word in _tokenise([query[:QUERY_CHARACTERS]], return_ids=False)[0] if word]
         if self._retriever is None or not words:
             return found
         ids = self._retriever.get_tokens_ids(words)
@@ -89,6 +100,10 @@ class LexicalIndex:
             ceiling = np.log1p((texts - having + 0.5) / (having + 0.5)).sum()  # Lucene's idf, term frequency at most 1
             found[self._rows] = self._retriever.get_scores_from_ids(ids) / ceiling
         return found
+
+
+def _words(query: str) -> list[str]:
+    return [word for word in _tokenise([query[:QUERY_CHARACTERS]], return_ids=False)[0] if word]
 
 
 def _tokenise(texts: list[str], return_ids: bool = True) -> Any:
