@@ -83,7 +83,7 @@ stage rl rl "model=$trained" ${rl[@]+"${rl[@]}"}
 measure() {
   [ -f "$output/results-$1.json" ] && return
   # shellcheck disable=SC2086
-  search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --samples "$3" --modes "$4" $limit --max-tokens 256 --max-new-tokens 48 \
+  search-r3 eval ${evaluate//nano-/$data/nano-} -c "$2" --samples "$3" --modes "$4" $limit --max-tokens 256 --max-new-tokens 40 \
     --precision bfloat16 -o "$output/results-$1.json"
 }
 echo "== package"
