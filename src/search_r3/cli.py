@@ -46,7 +46,6 @@ from search_r3.cli_serve import serve
 from search_r3.cli_train import average, bootstrap, mine, overlap, package, plot, train
 from search_r3.errors import DataError, SearchR3Error
 from search_r3.extras import need
-from search_r3.memory import keep_freed_memory
 
 if TYPE_CHECKING:  # heavy modules are imported inside the commands, so that --help answers at once
     from search_r3.model.search_r3 import SearchR3
@@ -72,7 +71,6 @@ class Engine(StrEnum):
 def main() -> None:
     """Run the command line; errors that a user can mend become one line and exit status 2."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for its callers' developers
-    keep_freed_memory()
     try:
         app()
     except SearchR3Error as error:
