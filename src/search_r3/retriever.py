@@ -20,6 +20,7 @@ from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
 from search_r3.index.lexical import LexicalIndex
 from search_r3.index.store import MANIFEST, Passage, Store, StoreManifest, content_hash
+from search_r3.model.checkpoint import lasting_name
 from search_r3.model.reasoning import TextCallback, mean_vectors
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting, split
@@ -123,10 +124,8 @@ class Retriever:
                 f"passages of {splitting.tokens} tokens, of which {max_tokens} are read: the rest of each could not be "
                 f"found; take at most {max_tokens} (--passage-tokens)"
             )
-        local = model.source not in ("default", "base") and Path(model.source).is_dir()
         manifest = StoreManifest(
-            # A folder is found again from wherever the index is used.
-            checkpoint=str(Path(model.source).resolve()) if local else model.source,
+            checkpoint=lasting_name(model.source),
             fingerprint=model.fingerprint,
             dimension=model.dimension,
             dtype=dtype,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 FORMAT = 2
+OURS = ("base", "default")  # made on each machine, perhaps with another rounding: their hashes are not compared
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
 
@@ -167,6 +168,11 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(
             f"{source}: no such folder, and it cannot be fetched from the model hub ({first_line(error)})"
         ) from error
+
+
+def lasting_name(source: str | Path) -> str:
+    """A checkpoint's name that means the same from any folder."""
+    return str(Path(source).resolve()) if str(source) not in OURS and Path(source).is_dir() else str(source)
 
 
 def _prepared_default() -> Path:
@@ -452,8 +458,7 @@ def _load_adapter(
         raise CheckpointError(f"{folder}: no adapter_model.safetensors; other formats can run code and are refused")
     parent = _adapted(folder, manifest)
     model, tokenizer, base = load(resolve(parent), dtype, prompts=prompts, embed_token=embed_token)
-    elsewhere = parent not in ("base", "default")  # ours are made on each machine, with another rounding perhaps
-    if elsewhere and manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
+    if parent not in OURS and manifest and manifest.parent and manifest.parent.weights_sha256 != base.weights_sha256:
         raise CheckpointError(f"{folder}: was trained on other weights than {parent} holds now; restore that base")
     try:
         with quiet(), warnings.catch_warnings():

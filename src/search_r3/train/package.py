@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from search_r3.errors import CheckpointError
 from search_r3.files import new_folder, write_text
-from search_r3.model.checkpoint import MANIFEST, Parent, describe, load, resolve
+from search_r3.model.checkpoint import MANIFEST, Parent, describe, lasting_name, load, resolve
 
 TOKEN_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"  # the row itself
 
@@ -62,7 +62,7 @@ def extract_adapter(checkpoint: str | Path, base: str | Path, output: Path, rank
         names.append(name.removesuffix(".weight").split(".")[-1])
     if not names:
         raise CheckpointError(f"{checkpoint}: no layer differs from {base}; there is nothing to package")
-    named = str(base) if str(base) in ("default", "base") or not Path(base).is_dir() else str(Path(base).resolve())
+    named = lasting_name(base)
     config: Any = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -22,6 +22,7 @@ from search_r3.evaluate.collection import Collection, cut, load_all
 from search_r3.evaluate.metrics import score_queries
 from search_r3.files import write_json, write_text
 from search_r3.model.checkpoint import (
+    OURS,
     Manifest,
     Parent,
     Stage,
@@ -141,8 +142,7 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
         loaded = load(prepared)
     manifest = loaded[2]
     base = {
-        # Ours are made on each machine, with another rounding perhaps; how they were trained tells them apart.
-        "weights_sha256": None if name in ("base", "default") else manifest.weights_sha256,
+        "weights_sha256": None if name in OURS else manifest.weights_sha256,  # how they were trained tells ours apart
         "data": [stage.data for stage in manifest.training],
         "prompts": manifest.prompts.model_dump(mode="json"),
     }
