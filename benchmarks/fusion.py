@@ -49,20 +49,13 @@ def rooted(cosines: np.ndarray, _: np.ndarray, worth: np.ndarray, weight: float)
     return cosines + weight / LEXICAL_WEIGHT * worth
 
 
-def similarities(model: SearchR3 | None, collection: Collection, tokens: int, kept: Path | None) -> np.ndarray:
-    """(Q, N) cosines; model: None for all-MiniLM-L6-v2. kept: read from there, or written."""
-    if kept and kept.exists():
-        return np.load(kept)
+def similarities(model: SearchR3 | None, collection: Collection, tokens: int) -> np.ndarray:
+    """(Q, N) cosines; model: None for all-MiniLM-L6-v2."""
     texts = [query.text for query in collection.queries]
     if model is None:
         encode, vectors = minilm_vectors(collection.documents)
-        cosines = encode(texts) @ vectors.T
-    else:
-        cosines = model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(kept, cosines)
-    return cosines
+        return encode(texts) @ vectors.T
+    return model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
 
 
 def measure(collection: Collection, cosines: np.ndarray) -> dict[str, dict[str, float]]:
@@ -96,9 +89,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="first queries of each folder (100)")
     parser.add_argument("--tokens", type=int, default=128, help="documents are cut here (128)")
     parser.add_argument("--precision", default="auto", help="of the model (auto)")
-    parser.add_argument(
-        "--keep", type=Path, help="folder of cosines: a second run with the same options encodes nothing"
-    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model = None if args.minilm else SearchR3.from_pretrained(args.checkpoint, dtype=args.precision)
@@ -106,8 +96,7 @@ def main() -> None:
     for given in args.folders:
         path, _, split = given.partition(":")
         collection = load_collection(Path(path), split=split or "test", limit=args.limit)
-        kept = args.keep and args.keep / f"{collection.name}-{'minilm' if args.minilm else 'ours'}.npy"
-        found = measure(collection, similarities(model, collection, args.tokens, kept))
+        found = measure(collection, similarities(model, collection, args.tokens))
         result[collection.name] = {name: float(np.mean(list(scores.values()))) for name, scores in found.items()}
         without += found["coverage_0.5"].values()
         with_root += [found["root_0.2"][name] for name in found["coverage_0.5"]]
