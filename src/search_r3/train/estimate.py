@@ -44,8 +44,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     step = batch.queries * (query + thought + document * (1 + negatives) + frame * (2 + negatives))
     backbone = parameters - model.get_input_embeddings().weight.numel()
     # A backward pass like one forward pass, like two where all weights are trained; one more for the gradient cache.
-    cached = 1 if step > batch.chunk_tokens else len(thoughts) / len(sample)  # a chunk holds texts of one act
-    passes = (2 if recipe.lora else 3) + cached
+    passes = (2 if recipe.lora else 3) + (step > batch.chunk_tokens)
     work = 2 * backbone * step * recipe.steps * passes
     copies = 0 if recipe.lora or not recipe.loss.kl else 1
     memory = 4 * parameters * (1 + copies) + 12 * trained + 2000 * model.config.hidden_size * batch.chunk_tokens

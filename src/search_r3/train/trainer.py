@@ -63,26 +63,33 @@ class SupervisedTrainer(Trainer):
         Trainer's own backward pass ends the step and, where there are several processes, synchronises them.
         """
         batch: StepBatch = inputs["batch"]
-        parts = self._even(chunks(batch.turns, self.recipe.batch.chunk_tokens))
-        world = self.accelerator.num_processes
+        limit, world = self.recipe.batch.chunk_tokens, self.accelerator.num_processes
+        parts = self._even(chunks(batch.turns, limit))
+        tokens = sum(len(turn.ids) for turn in batch.turns)
+        whole = len(parts) == 1 or (world == 1 and tokens <= limit)
         # Every process averages over the learned tokens of all; distributed training then averages the gradients.
         learned = self._sum(sum(turn.targets for turn in batch.turns))
         plain = self._sum(sum(turn.targets - 1 for turn in batch.turns if turn.targets))
         outputs: list[ChunkOutput] = []
-        for number, part in enumerate(parts):  # with one chunk this pass already carries the gradient
-            with torch.set_grad_enabled(len(parts) == 1):
+        for number, part in enumerate(parts):  # where all fits at once this pass already carries the gradient
+            with torch.set_grad_enabled(whole):
                 outputs.append(self._pass(model, batch, part))
-            if len(parts) > 1:
+            if not whole:
                 outputs[number] = ChunkOutput(outputs[number].vectors, outputs[number].logits[:0], learned.new_empty(0))
         order = torch.tensor([n for part in parts for n in part], device=self.engine.device).argsort()
         vectors = torch.cat([output.vectors for output in outputs])[order]  # (turns, D)
-        if len(parts) > 1:
+        if not whole:
             vectors.requires_grad_()
         contrastive, terms = self._contrastive(vectors, batch)
         if not torch.isfinite(contrastive):
             self._not_finite(batch)
-        if len(parts) == 1:
-            language = self._language(model, batch, parts[0], outputs[0], learned, plain, terms)
+        if whole:
+            language = torch.stack(
+                [
+                    self._language(model, batch, part, output, learned, plain, terms)
+                    for part, output in zip(parts, outputs, strict=True)
+                ]
+            ).sum()
             loss = world * contrastive + world * language
             total = contrastive.detach() + world * language.detach()
         else:
