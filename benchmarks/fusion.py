@@ -49,13 +49,16 @@ def rooted(cosines: np.ndarray, _: np.ndarray, worth: np.ndarray, weight: float)
     return cosines + weight / LEXICAL_WEIGHT * worth
 
 
-def similarities(model: SearchR3 | None, collection: Collection, tokens: int) -> np.ndarray:
-    """(Q, N) cosines; model: None for all-MiniLM-L6-v2."""
+def similarities(model: SearchR3 | None, minilm: bool, collection: Collection, tokens: int) -> np.ndarray:
+    """(Q, N) cosines of the model, of all-MiniLM-L6-v2, or the mean of both."""
     texts = [query.text for query in collection.queries]
-    if model is None:
+    found = []
+    if model is not None:
+        found.append(model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T)
+    if minilm:
         encode, vectors = minilm_vectors(collection.documents)
-        return encode(texts) @ vectors.T
-    return model.encode_queries(texts) @ model.encode_documents(collection.documents, max_tokens=tokens).T
+        found.append(encode(texts) @ vectors.T)
+    return np.mean(found, axis=0)
 
 
 def measure(collection: Collection, cosines: np.ndarray) -> dict[str, dict[str, float]]:
@@ -85,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="BEIR folders, each perhaps with :SPLIT")
     parser.add_argument("--checkpoint", default="default")
-    parser.add_argument("--minilm", action="store_true", help="all-MiniLM-L6-v2 as it is, instead of a checkpoint")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--minilm", action="store_true", help="all-MiniLM-L6-v2 as it is, instead of a checkpoint")
+    other.add_argument("--both", action="store_true", help="the mean of the cosines of both")
     parser.add_argument("--limit", type=int, default=100, help="first queries of each folder (100)")
     parser.add_argument("--tokens", type=int, default=128, help="documents are cut here (128)")
     parser.add_argument("--precision", default="auto", help="of the model (auto)")
@@ -96,7 +101,7 @@ def main() -> None:
     for given in args.folders:
         path, _, split = given.partition(":")
         collection = load_collection(Path(path), split=split or "test", limit=args.limit)
-        found = measure(collection, similarities(model, collection, args.tokens))
+        found = measure(collection, similarities(model, args.minilm or args.both, collection, args.tokens))
         result[collection.name] = {name: float(np.mean(list(scores.values()))) for name, scores in found.items()}
         without += found["coverage_0.5"].values()
         with_root += [found["root_0.2"][name] for name in found["coverage_0.5"]]

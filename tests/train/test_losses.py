@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from search_r3.train.losses import anisotropy, info_nce, kl_to_base, sft_nll, triplet_margin, uniformity
+from search_r3.train.losses import anisotropy, distillation, info_nce, kl_to_base, sft_nll, triplet_margin, uniformity
 
 
 def unit(*shape, seed=0):
@@ -64,6 +64,30 @@ def test_triplet_equals_sentence_transformers():
     peer = losses.TripletLoss(model=None, distance_metric=distance, triplet_margin=0.2)
     expected = peer.compute_loss_from_embeddings([queries, positives, negatives], None)
     assert triplet_margin(queries, positives, negatives, margin=0.2).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_distillation_by_hand():
+    student, teacher = torch.tensor([[0.3, 0.0, 0.1]]), torch.tensor([[0.2, 0.1, 0.9]])
+    hidden = torch.tensor([[False, False, True]])
+    p, q = (torch.softmax(row / 0.1, dim=0) for row in (teacher[0, :2], student[0, :2]))
+    expected = (p * (p / q).log()).sum()
+    found = distillation(student, teacher, hidden, temperature=0.1, teacher_temperature=0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_distillation_is_zero_for_the_teacher_s_own_order_and_hides_rows_with_nothing_to_meet():
+    cosines = unit(4, 5).requires_grad_()
+    hidden = torch.eye(4, 5, dtype=torch.bool)
+    hidden[3] = True
+    # shifted and stretched alike: the same distribution
+    same = distillation(cosines, 2 * cosines.detach() + 0.3, hidden, temperature=0.05, teacher_temperature=0.1)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    other = distillation(cosines, unit(4, 5, seed=1), hidden)
+    other.backward()
+    assert other.item() > 0.1
+    assert torch.isfinite(cosines.grad).all()
+    assert not cosines.grad[hidden].any()
+    assert distillation(cosines, cosines, torch.ones_like(hidden)).item() == 0
 
 
 def test_spread_of_vectors():

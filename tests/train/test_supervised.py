@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,11 +20,21 @@ from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError, DataError, TrainingError
-from search_r3.model.checkpoint import MANIFEST
+from search_r3.model.checkpoint import MANIFEST, initialise
+from search_r3.model.export import export
 from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, dev_sets, keep_until, latest
 from search_r3.train.supervised import prepare, train
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A folder that sentence-transformers loads, of another model than the one that is trained."""
+    folder = tmp_path_factory.mktemp("teacher")
+    initialise(build_base(folder / "base", seed=1), folder / "initial")
+    export(SearchR3.from_pretrained(folder / "initial"), folder / "model")
+    return str(folder / "model")
 
 
 def weights(folder):
@@ -34,6 +45,10 @@ def assert_equal(one, other, atol):
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=atol, rtol=0)
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
 
 def with_batch(recipe, **values):
@@ -59,8 +74,8 @@ def first_step(recipe, root, output, monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_chunks_and_sharing_the_prefix_change_no_gradient(recipe, root, tmp_path, monkeypatch, lora):
-    recipe = recipe if lora else recipe.model_copy(update={"lora": None})
+def test_chunks_and_sharing_the_prefix_change_no_gradient(recipe, root, tmp_path, monkeypatch, teacher, lora):
+    recipe = recipe.model_copy(update={"teacher": teacher} if lora else {"lora": None})
     whole = first_step(with_batch(recipe, chunk_tokens=100_000), root, tmp_path / "a", monkeypatch)
     chunked = first_step(with_batch(recipe, chunk_tokens=40), root, tmp_path / "b", monkeypatch)
     unshared = first_step(recipe.model_copy(update={"shared_prefix": False}), root, tmp_path / "c", monkeypatch)
@@ -86,6 +101,34 @@ def test_reasoned_queries_can_be_left_out_of_the_contrast(recipe, root, tmp_path
     assert with_them["loss"] != pytest.approx(without["loss"], abs=1e-3)
     for name in without.keys() - {"loss"}:
         torch.testing.assert_close(left_out[name], without[name], atol=1e-5, rtol=1e-3)
+
+
+def test_a_teacher_pulls_the_similarities_towards_its_own(recipe, root, tmp_path, teacher):
+    loss = recipe.loss.model_copy(update=dict.fromkeys(("sft", "kl", "info_nce", "triplet"), 0.0))
+    recipe = recipe.model_copy(update={"teacher": teacher, "loss": loss, "steps": 30, "learning_rate": 1e-3})
+    prepared = prepare(recipe, root)
+    after = SearchR3.from_pretrained(train(prepared, tmp_path / "run", progress=False))
+    before = SearchR3.from_pretrained(tmp_path / "run" / "initial")
+    texts = [example.positive.text for example in prepared.sources[0]]
+
+    def similarities(embedder):
+        vectors = embedder.encode_documents(texts)
+        return (vectors @ vectors.T)[np.triu_indices(len(texts), 1)]
+
+    def agreement(embedder):
+        return np.corrcoef(similarities(embedder), similarities(SearchR3.from_pretrained(teacher)))[0, 1]
+
+    print(agreement(before), agreement(after))
+    logged = [line["distillation"] for line in read_log(tmp_path / "run") if "loss" in line]
+    print(logged)
+    assert logged[-1] < logged[0] / 20
+
+
+def test_a_teacher_that_cannot_be_loaded_is_named_before_anything_is_claimed(recipe, root, tmp_path):
+    recipe = recipe.model_copy(update={"teacher": str(root / "train")})
+    with pytest.raises(TrainingError, match=r"teacher: '.*train' cannot be loaded by sentence-transformers"):
+        train(prepare(recipe, root), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
@@ -176,8 +219,8 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, root, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_two_processes_equal_one(recipe, root, tmp_path):
-    recipe = with_batch(recipe, chunk_tokens=40)
+def test_two_processes_equal_one(recipe, root, tmp_path, teacher):
+    recipe = with_batch(recipe, chunk_tokens=40).model_copy(update={"teacher": teacher})
     one = train(prepare(recipe, root), tmp_path / "one", progress=False)
     done = run_on_two(recipe, root, tmp_path / "two", "search_r3", "sft", timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

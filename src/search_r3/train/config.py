@@ -81,6 +81,10 @@ class Loss(Strict):
     """Divides the cosines of the contrastive term."""
     margin: float = Field(default=0.15, ge=0)
     """Of the triplet term, in cosine."""
+    distillation: float = Field(default=1.0, ge=0)
+    """a5: divergence from the similarities of `teacher`, where there is one."""
+    teacher_temperature: float = Field(default=0.03, gt=0)
+    """Divides the teacher's cosines; `temperature` those that learn from them."""
     reasoned: bool = True
     """Contrast queries after their reasonings as well; false while reasonings quote the answers, which is too easy."""
     false_negative_margin: float | None = 0.1
@@ -129,6 +133,8 @@ class Recipe(Strict):
     """What is trained: `base` (the untrained default), a folder or a hub name; given an embedding token if need be."""
     sources: list[Source] = Field(min_length=1)
     """Training sets."""
+    teacher: str | None = None
+    """Embedder whose similarities are learned besides: a folder or hub name for sentence-transformers, or `minilm`."""
     held_out: list[str] = []
     """BEIR folders; training examples that overlap with their test queries or relevant documents are dropped."""
     steps: int = Field(gt=0)
@@ -168,7 +174,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        if self.loss.info_nce == 0 and self.loss.triplet == 0 and self.loss.sft == 0:
+        taught = self.teacher and self.loss.distillation
+        if not (self.loss.info_nce or self.loss.triplet or self.loss.sft or taught):
             raise ValueError("loss: info_nce, triplet and sft are all 0, so nothing would be learned")
         if self.loss.info_nce == 0 and self.loss.triplet > 0 and self.batch.negatives == 0:
             raise ValueError("loss.triplet needs batch.negatives of at least 1")

@@ -1,6 +1,6 @@
 """The terms of stage 1 as pure functions of tensors. Source: arXiv 2510.07048, section 3, unless marked (ours).
 
-L = a1 * sft_nll + a2 * kl_to_base + a3 * info_nce + a4 * triplet_margin
+L = a1 * sft_nll + a2 * kl_to_base + a3 * info_nce + a4 * triplet_margin (+ a5 * distillation, where there is a teacher)
 """
 
 from __future__ import annotations
@@ -65,6 +65,26 @@ def triplet_margin(queries: Tensor, positives: Tensor, negatives: Tensor, *, mar
         return queries.sum()
     gap = (queries.float() * (negatives - positives).float()).sum(dim=-1)
     return relu(margin + gap).mean()
+
+
+def distillation(
+    cosines: Tensor, taught: Tensor, left_out: Tensor, *, temperature: float = 0.03, teacher_temperature: float = 0.03
+) -> Tensor:
+    """Mean KL(teacher || student) between distributions over the documents of the batch, one of each row. (ours)
+
+    cosines: (R, C) of the student, rows of queries and documents against documents. taught: (R, C) the teacher's.
+    left_out: (R, C) bool, true where a document meets itself. Unlike InfoNCE it does not call a document wrong for not
+    being judged. Returns a scalar, nats a row; 0 where no row has a document to meet. Soft targets: Hinton et al.,
+    2015 (arXiv 1503.02531).
+    """
+    rows = ~left_out.all(dim=1)
+    if not rows.any():
+        return cosines.sum() * 0.0
+    hidden = left_out[rows]
+    teacher = log_softmax((taught[rows].float() / teacher_temperature).masked_fill(hidden, -torch.inf), dim=-1)
+    student = log_softmax((cosines[rows].float() / temperature).masked_fill(hidden, -torch.inf), dim=-1)
+    gap = (teacher - student).masked_fill(hidden, 0.0)
+    return (teacher.exp() * gap).sum(dim=-1).mean()
 
 
 def uniformity(vectors: Tensor) -> Tensor:

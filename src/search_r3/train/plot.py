@@ -15,7 +15,7 @@ from search_r3.train.run import METRICS, TABLE
 
 SUPERVISED = (
     ("loss", ("loss",)),
-    ("terms", ("info_nce", "triplet", "sft", "kl")),
+    ("terms", ("info_nce", "triplet", "distillation", "sft", "kl")),
     ("dev nDCG@10", ("dev_",)),
     ("spread", ("anisotropy", "uniformity")),
     ("learning rate", ("learning_rate",)),

@@ -47,6 +47,8 @@ class StepBatch:
     """Ids of the C documents: all B positives first, then hard negatives."""
     hard: list[tuple[int, int]]
     """(example, document) numbers of each hard negative."""
+    read: tuple[list[str], list[str]]
+    """What a teacher reads: B queries and C documents, cut where the model's are."""
 
 
 class Collator:
@@ -82,7 +84,12 @@ class Collator:
             Turn("embed", [*tail, token], 0) for tail in self.engine.tails(texts, "embed", self.lengths["document"])
         ]
         names = [passage.id for passage in passages]
-        return {"batch": StepBatch(list(examples), turns, thinking, names, hard)}
+        read = self._read(queries, "query"), self._read(texts, "document")
+        return {"batch": StepBatch(list(examples), turns, thinking, names, hard, read)}
+
+    def _read(self, texts: Sequence[str], kind: str) -> list[str]:
+        cut = [ids[: self.lengths[kind]] for ids in self.engine.plain_ids(texts)]
+        return list(self.engine.tokenizer.batch_decode(cut))
 
 
 def chunks(turns: Sequence[Turn], limit: int) -> list[list[int]]:

@@ -42,6 +42,7 @@ from search_r3.train.run import (
     under_fsdp,
 )
 from search_r3.train.step import Collator
+from search_r3.train.teacher import load_teacher
 from search_r3.train.trainer import SupervisedTrainer
 
 
@@ -91,6 +92,7 @@ def train(
             f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
             "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
         )
+    teacher = load_teacher(recipe.teacher, arguments.device) if recipe.teacher else None
     with state.main_process_first():
         resolve(recipe.model)  # nothing is claimed for a model that does not exist
         if state.is_main_process:
@@ -125,6 +127,7 @@ def train(
         recipe=recipe,
         engine=engine,
         reference=reference,
+        teacher=teacher,
         callbacks=[Track(output / METRICS), FiniteGradients(), test, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results

