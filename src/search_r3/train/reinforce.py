@@ -168,7 +168,7 @@ def train(
         resolve(recipe.model)  # nothing is claimed for a model that does not exist
         if state.is_main_process:
             notes = {"dropped": dict(prepared.dropped.counts), "documents": len(prepared.documents)}
-            claim(output, "rl", recipe.model_dump(), prepared.fingerprint, notes, resume, change)
+            claim(output, "rl", recipe, prepared.fingerprint, notes, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output, [ENVIRONMENT])
     ends = model.generation_config.eos_token_id

@@ -111,7 +111,7 @@ class Guards(Strict):
 class RLRecipe(Strict):
     """A run of reinforcement."""
 
-    elsewhere = dict.fromkeys(("batch", "loss", "shared_prefix"), STAGE_1)
+    elsewhere = dict.fromkeys(("batch", "loss", "shared_prefix", "teacher"), STAGE_1)
 
     model: str = "default"
     """The stage-1 policy: a folder or a hub name with an embedding token."""

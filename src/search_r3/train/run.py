@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from search_r3.errors import CheckpointError, TrainingError
@@ -35,7 +37,7 @@ from search_r3.model.checkpoint import (
 )
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
-from search_r3.train.config import Dev
+from search_r3.train.config import Dev, Strict
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -47,7 +49,7 @@ STATE = "trainer_state.json"  # the Trainer writes it last
 def claim(
     output: Path,
     stage: Literal["sft", "rl"],
-    recipe: dict[str, Any],
+    recipe: Strict,
     data: str,
     notes: dict[str, Any],
     resume: bool,
@@ -58,7 +60,7 @@ def claim(
     run.json tells the versions and the commit that a run began with, too. notes: what else it tells.
     Raises TrainingError for a folder that is taken, or another run's.
     """
-    path, before = output / RUN, {"versions": versions(), "commit": _commit()}
+    path, before, new = output / RUN, {"versions": versions(), "commit": _commit()}, recipe.model_dump()
     if not path.exists():
         if output.exists() and any(output.iterdir()):
             raise TrainingError(f"{output}: not empty and not a run; give a new folder")
@@ -71,9 +73,11 @@ def claim(
             old, old_data = before["recipe"], before["data"]
         except (ValueError, KeyError) as error:
             raise TrainingError(f"{path}: damaged ({error}); give a new folder") from error
+        with contextlib.suppress(ValidationError):
+            old = type(recipe).model_validate(old).model_dump()  # with keys that are younger than the run
         if old_data != data:
             raise TrainingError(f"{output}: the training data changed since this run began; restore it, or start anew")
-        changed = _differences(old, recipe)
+        changed = _differences(old, new)
         if changed and not change:
             raise TrainingError(
                 f"{output}: the recipe changed since this run began: {'; '.join(changed)}; "
@@ -87,10 +91,10 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-        if old.get("model") != recipe.get("model"):
+        if old.get("model") != new["model"]:
             before.pop("base", None)
     began = {name: before[name] for name in ("versions", "commit", "base") if name in before}
-    write_json(path, {"stage": stage, "recipe": recipe, "data": data, **began, **notes})
+    write_json(path, {"stage": stage, "recipe": new, "data": data, **began, **notes})
 
 
 def _commit() -> str | None:

@@ -47,15 +47,17 @@ class StepBatch:
     """Ids of the C documents: all B positives first, then hard negatives."""
     hard: list[tuple[int, int]]
     """(example, document) numbers of each hard negative."""
-    read: tuple[list[str], list[str]]
-    """What a teacher reads: B queries and C documents, cut where the model's are."""
+    read: tuple[list[str], list[str]] | None
+    """What a teacher reads, if there is one: B queries and C documents, cut where the model's are."""
 
 
 class Collator:
     """Turns examples into a `StepBatch`."""
 
-    def __init__(self, engine: Engine, *, negatives: int, query: int, document: int, thought: int):
-        self.engine, self.negatives = engine, negatives
+    def __init__(
+        self, engine: Engine, *, negatives: int, query: int, document: int, thought: int, taught: bool = False
+    ):
+        self.engine, self.negatives, self.taught = engine, negatives, taught
         self.lengths = {"query": query, "document": document, "thought": thought}
         self.reply = len(engine.reply_ids)
 
@@ -84,12 +86,13 @@ class Collator:
             Turn("embed", [*tail, token], 0) for tail in self.engine.tails(texts, "embed", self.lengths["document"])
         ]
         names = [passage.id for passage in passages]
-        read = self._read(queries, "query"), self._read(texts, "document")
+        read = (self._read(queries, "query"), self._read(texts, "document")) if self.taught else None
         return {"batch": StepBatch(list(examples), turns, thinking, names, hard, read)}
 
     def _read(self, texts: Sequence[str], kind: str) -> list[str]:
-        cut = [ids[: self.lengths[kind]] for ids in self.engine.plain_ids(texts)]
-        return list(self.engine.tokenizer.batch_decode(cut))
+        limit, decode = self.lengths[kind], self.engine.tokenizer.decode
+        tokens = zip(texts, self.engine.plain_ids(texts), strict=True)
+        return [text if len(ids) <= limit else str(decode(ids[:limit])) for text, ids in tokens]
 
 
 def chunks(turns: Sequence[Turn], limit: int) -> list[list[int]]:

