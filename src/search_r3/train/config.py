@@ -176,9 +176,7 @@ class Recipe(Strict):
     def _possible(self) -> Recipe:
         taught = self.teacher and self.loss.distillation
         if not (self.loss.info_nce or self.loss.triplet or self.loss.sft or taught):
-            raise ValueError(
-                "loss: info_nce, triplet and sft are all 0 without a teacher, so nothing would be learned"
-            )
+            raise ValueError("loss: info_nce, triplet and sft are all 0 without a teacher, so nothing would be learned")
         if self.loss.info_nce == 0 and self.loss.triplet > 0 and self.batch.negatives == 0:
             raise ValueError("loss.triplet needs batch.negatives of at least 1")
         return self
