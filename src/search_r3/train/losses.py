@@ -74,17 +74,12 @@ def distillation(
 
     cosines: (R, C) of the student, rows of queries and documents against documents. taught: (R, C) the teacher's.
     left_out: (R, C) bool, true where a document meets itself. Unlike InfoNCE it does not call a document wrong for not
-    being judged. Returns a scalar, nats a row; 0 where no row has a document to meet. Soft targets: Hinton et al.,
-    2015 (arXiv 1503.02531).
+    being judged. Returns a scalar, nats a row. Soft targets: Hinton et al., 2015 (arXiv 1503.02531).
     """
-    rows = ~left_out.all(dim=1)
-    if not rows.any():
-        return cosines.sum() * 0.0
-    hidden = left_out[rows]
-    teacher = log_softmax((taught[rows].float() / teacher_temperature).masked_fill(hidden, -torch.inf), dim=-1)
-    student = log_softmax((cosines[rows].float() / temperature).masked_fill(hidden, -torch.inf), dim=-1)
-    gap = (teacher - student).masked_fill(hidden, 0.0)
-    return (teacher.exp() * gap).sum(dim=-1).mean()
+    never = -1e9  # finite, so that a row with nothing to meet agrees with itself
+    teacher = log_softmax((taught.float() / teacher_temperature).masked_fill(left_out, never), dim=-1)
+    student = log_softmax((cosines.float() / temperature).masked_fill(left_out, never), dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
 
 
 def uniformity(vectors: Tensor) -> Tensor:
