@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pytest
 
@@ -196,3 +197,30 @@ def test_judgements_may_lack_a_header(tmp_path):
     judgements.write_text("query-id\tcorpus-id\tscore\nq2\td2\t99999999999999\n")
     with pytest.raises(DataError, match=r"test\.tsv:2: score"):
         read_judgements(judgements)
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.md").write_text("one")
+    walk = os.walk
+
+    def refused(path, onerror):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "closed")))
+        return walk(path)
+
+    monkeypatch.setattr(os, "walk", refused)
+    with pytest.raises(DataError, match=r"closed: this folder cannot be read \(Permission denied\)"):
+        list(read_documents(tmp_path))
+    bad = []
+    assert [document.text for document in read_documents(tmp_path, on_bad=bad.append)] == ["one"]
+    assert len(bad) == 1
+
+
+def test_broken_rows_of_a_tab_separated_file_are_skipped(tmp_path):
+    table = tmp_path / "t.tsv"
+    table.write_bytes(b"id\ttext\na\tcaf\xe9\n\nb\ttwo\rlines\nc\nd\tgood\n")
+    with pytest.raises(DataError, match=r"t\.tsv:2: byte 6 of the line is not UTF-8"):
+        list(read_documents(table))
+    bad = []
+    assert [document.id for document in read_documents(table, on_bad=bad.append)] == ["b", "d"]
+    assert [str(error).split(": ")[0].rsplit(":")[-1] for error in bad] == ["2", "5"]

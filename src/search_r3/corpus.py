@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -88,9 +89,8 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, int]]:
     """Relevance by query id and document id from a BEIR `.tsv` (query-id, corpus-id, score; one header line)."""
     judgements: dict[str, dict[str, int]] = {}
     with _open(Path(path)) as file:
-        for number, line in enumerate(_decoded(file, Path(path)), 1):
-            row = line.rstrip("\r\n").split("\t")
-            if row == [""] or (number == 1 and not re.fullmatch(r"-?\d+", row[-1])):  # the header
+        for number, row in _tabbed(file, Path(path), None):
+            if number == 1 and not re.fullmatch(r"-?\d+", row[-1]):  # the header
                 continue
             if len(row) != 3:
                 raise DataError(f"{path}:{number}: {len(row)} columns; need query-id, corpus-id and score")
@@ -206,14 +206,13 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read to its end ({error})") from error
 
 
-def _decoded(file: IO[bytes], path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(file, path), 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; convert the file (iconv -t UTF-8)"
-            ) from None
+def _decoded(line: bytes, number: int, path: Path) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; convert the file (iconv -t UTF-8)"
+        ) from None
 
 
 def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
@@ -223,11 +222,9 @@ def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[L
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
+                record = json.loads(_decoded(line, number, path), parse_constant=_no_constant)
                 if not isinstance(record, dict):
                     raise DataError(f"{where}: a {type(record).__name__}; every line must be one JSON object")
-            except UnicodeDecodeError as error:
-                bad = DataError(f"{where}: byte {error.start + 1} of the line is not UTF-8; convert the file")
             except (ValueError, RecursionError) as error:
                 reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 bad = DataError(f"{where}: broken JSON ({reason})")
@@ -242,38 +239,58 @@ def _jsonl(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[L
 
 
 def _table(path: Path, delimiter: str, on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
-    csv.field_size_limit(sys.maxsize)
     with _open(path) as file:
-        # In tab-separated files a quote is an ordinary character, as everywhere in retrieval data.
-        lines = _decoded(file, path)
-        reader = (
-            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if delimiter == "\t"
-            else csv.reader(lines, strict=True)
-        )
+        rows = _tabbed(file, path, on_bad) if delimiter == "\t" else _quoted(file, path)
+        _, header = next(rows, (0, []))
+        if not header:
+            raise DataError(f"{path}: empty; the first line must name the columns")
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise DataError(f"{path}:1: two columns are named {min(twice)!r}; rename one")
+        for number, row in rows:
+            if len(row) == len(header):
+                yield f"{path}:{number}", dict(zip(header, row, strict=True))
+                continue
+            bad = DataError(f"{path}:{number}: {len(row)} columns, but the header names {len(header)}")
+            if on_bad is None:
+                raise bad
+            on_bad(bad)
+
+
+def _tabbed(file: IO[bytes], path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[tuple[int, list[str]]]:
+    """A row a line: in tab-separated files a quote is an ordinary character, as everywhere in retrieval data."""
+    for number, line in enumerate(_lines(file, path), 1):
         try:
-            header = next(reader, None)
-            if header is None:
-                raise DataError(f"{path}: empty; the first line must name the columns")
-            if twice := {name for name in header if header.count(name) > 1}:
-                raise DataError(f"{path}:1: two columns are named {min(twice)!r}; rename one")
-            for row in reader:
-                if not row:
-                    continue
-                where = f"{path}:{reader.line_num}"
-                if len(row) == len(header):
-                    yield where, dict(zip(header, row, strict=True))
-                    continue
-                bad = DataError(f"{where}: {len(row)} columns, but the header names {len(header)}")
-                if on_bad is None:
-                    raise bad
-                on_bad(bad)
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not a valid table ({error})") from error
+            row = _decoded(line, number, path).rstrip("\r\n")
+        except DataError as error:
+            if on_bad is None or number == 1:
+                raise
+            on_bad(error)
+            continue
+        if row:
+            yield number, row.split("\t")
+
+
+def _quoted(file: IO[bytes], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a comma-separated file; after one that is broken nobody knows where the next begins."""
+    csv.field_size_limit(sys.maxsize)
+    lines = (_decoded(line, number, path) for number, line in enumerate(_lines(file, path), 1))
+    reader = csv.reader(lines, strict=True)
+    try:
+        yield from ((reader.line_num, row) for row in reader if row)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not a valid table ({error})") from error
 
 
 def _folder(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".md") and file.is_file())
+    def unreadable(error: OSError) -> None:
+        bad = DataError(f"{error.filename}: this folder cannot be read ({error.strerror}); allow it, or move it away")
+        if on_bad is None:
+            raise bad from error
+        on_bad(bad)
+
+    walked = os.walk(path, onerror=unreadable)
+    files = sorted(Path(folder, name) for folder, _, names in walked for name in names)
+    files = [file for file in files if file.suffix.lower() in (".txt", ".md")]
     if not files:
         raise DataError(f"{path}: no corpus.jsonl and no .txt or .md file in this folder")
     return _files(path, files, on_bad)
@@ -282,6 +299,8 @@ def _folder(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[
 def _files(root: Path, files: Iterable[Path], on_bad: Callable[[DataError], None] | None) -> Iterator[Located]:
     for file in files:
         try:
+            if not file.is_file():
+                continue
             text = file.read_bytes().decode("utf-8-sig")
         except (UnicodeDecodeError, OSError) as error:
             what = f"byte {error.start + 1} is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror

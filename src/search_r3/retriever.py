@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 
@@ -81,11 +82,12 @@ class Found:
 class Retriever:
     """Search over a folder of vectors and documents with the model that made them.
 
-    >>> retriever = Retriever.open_or_create("my-index", SearchR3.from_pretrained())
-    >>> retriever.add([Document("1", "tar packs files into one archive")])
-    Added(added=1, updated=0, unchanged=0)
-    >>> retriever.search("many files into one", k=3, reason=True).hits[0].id
-    '1'
+    Examples:
+        >>> retriever = Retriever.open_or_create("my-index", SearchR3.from_pretrained())
+        >>> retriever.add([Document("1", "tar packs files into one archive")])
+        Added(added=1, updated=0, unchanged=0)
+        >>> retriever.search("many files into one", k=3, reason=True).hits[0].id
+        '1'
     """
 
     def __init__(self, model: SearchR3, store: Store, kind: IndexKind = "exact"):
@@ -299,7 +301,7 @@ class Retriever:
         self._graphed = path, graph
         if graph.saved < 0.9 * store.rows:
             with suppress(OSError):  # a copy for the next start: search goes on without it
-                temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # not a process's number: containers share it
                 graph.save(temporary)
                 temporary.replace(path)
         return graph
@@ -307,7 +309,8 @@ class Retriever:
     def lexical(self) -> LexicalIndex:
         """BM25 over the same passages; built when it is first needed."""
         if self._lexical is None or self._lexical[0] != self.store.generation:
-            path = self.store.derived("bm25")
+            made_by = "-".join(version(name) for name in ("bm25s", "PyStemmer"))  # who stem the queries, too
+            path = self.store.derived("bm25", f"{self.store.generation}-{made_by}")
             try:
                 lexical = LexicalIndex.load(path)
             except StoreError:  # as for the graph
@@ -489,8 +492,9 @@ class Retriever:
 def margin(scores: Sequence[float]) -> float:
     """How far the best hit of a search leads the second, in cosine: little where the vector is undecided.
 
-    >>> margin([0.75, 0.5, 0.25]), margin([0.5])
-    (0.25, inf)
+    Examples:
+        >>> margin([0.75, 0.5, 0.25]), margin([0.5])
+        (0.25, inf)
     """
     return float(scores[0] - scores[1]) if len(scores) > 1 else float("inf")
 

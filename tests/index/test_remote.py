@@ -130,6 +130,24 @@ def test_what_is_not_ours_is_left_alone(store, tmp_path):
     with pytest.raises(StoreError, match="no Qdrant answers"):
         connect("http://127.0.0.1:9")
     index = RemoteIndex(client, "mine", store)
-    client.delete_collection("mine")
     with pytest.raises(StoreError, match="Qdrant collection mine"):
-        index.search(np.ones((1, 8), np.float32), 1)
+        index.search(np.ones((1, 9), np.float32), 1)
+
+
+def test_a_dropped_collection_is_filled_again(store):
+    client = connect(":memory:")
+    index = RemoteIndex(client, "mine", store)
+    client.delete_collection("mine")
+    same(store, index)
+
+
+def test_one_that_has_read_earlier_leaves_what_another_has_copied(store):
+    client = connect(":memory:")
+    with Store.open(store.folder) as early:
+        put(store, range(700, 720))
+        store.delete(["d3"])
+        latest = RemoteIndex(client, "mine", store)
+        mine = RemoteIndex(client, "mine", early)
+        assert len(latest) == store.passages == 619
+        same(store, latest)
+        assert set(mine.search(np.eye(8, dtype=np.float32), 700)[1].ravel()) == {-1, *range(600)} - {3}

@@ -431,3 +431,15 @@ def test_impossible_manifests_are_named(store, field, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"passage_tokens": 9} | {field: value}))
     with pytest.raises(StoreError, match=rf"manifest\.json: field {field}"):
         Store.open(store.folder)
+
+
+def test_a_look_that_fails_at_its_very_beginning_leaves_nothing_open(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Store, "_committed", lambda self: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error"))
+        )
+        with pytest.raises(StoreError, match="disk I/O error"), store.reading():
+            pass
+    with store.reading():
+        pass
+    put(store, "a")

@@ -73,9 +73,10 @@ class LexicalIndex:
         known is not answered by its common words. Unlike a rank or a share of the best score (Bruch et al., 2022, arXiv
         2210.11934), it can be added to a cosine whatever else was found.
 
-        >>> index = LexicalIndex.build(["pack many files", "list files"], [0, 1])
-        >>> [round(float(share), 2) for share in index.coverage("pack files", 2)]
-        [0.51, 0.11]
+        Examples:
+            >>> index = LexicalIndex.build(["pack many files", "list files"], [0, 1])
+            >>> [round(float(share), 2) for share in index.coverage("pack files", 2)]
+            [0.51, 0.11]
         """
         return self._coverage(_words(query), rows)
 

@@ -1,11 +1,13 @@
 """Search in Qdrant, for corpora that outgrow one machine.
 
 The store stays the truth: its rows are copied to a collection, a point a row, and what changed since is copied before a
-search. The collection can be dropped at any time; it is filled again.
+search. The collection can be dropped at any time; it is filled again. Processes that search the same store share its
+collection and fill it one after the other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import platform
@@ -66,7 +68,7 @@ class RemoteIndex:
         self._errors(self._follow)
 
     def __len__(self) -> int:
-        return int(self._errors(lambda: self.client.count(self.collection).count))
+        return int(self._errors(self.client.count, self.collection).count)
 
     def search(
         self, queries: np.ndarray, k: int, where: Mapping[str, Any] | None = None
@@ -95,8 +97,7 @@ class RemoteIndex:
             for query in np.asarray(queries, np.float32)
         ]
         for number in range(0, len(requests), BATCH):
-            part = requests[number : number + BATCH]
-            answers = self._errors(lambda part=part: self.client.query_batch_points(self.collection, part))
+            answers = self._errors(self._query, requests[number : number + BATCH])
             for line, answer in enumerate(answers, number):
                 # Another process may have copied what it committed since this store was last read.
                 known = [p for p in answer.points if p.id < self.store.rows and self.store.alive[p.id]]
@@ -106,12 +107,28 @@ class RemoteIndex:
 
     def drop(self) -> None:
         """Remove the collection."""
-        self._errors(lambda: self.client.delete_collection(self.collection))
+        self._errors(self.client.delete_collection, self.collection)
         self._state.unlink(missing_ok=True)
+
+    def _query(self, requests: list[Any]) -> Any:
+        try:
+            return self.client.query_batch_points(self.collection, requests)
+        except Exception:
+            if self.client.collection_exists(self.collection):
+                raise
+            self._follow()  # somebody has dropped it
+            return self.client.query_batch_points(self.collection, requests)
 
     def _follow(self) -> None:
         """Copy what the store has and the collection has not, and remove what the store has no more."""
+        with self._state.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._copy()
+
+    def _copy(self) -> None:
         store, done = self.store, self._copied()
+        if done > store.rows:  # another process has read the store later, and copied what this one has not seen yet
+            return
         rows = np.flatnonzero(store.alive)
         for part in _batches(rows[rows >= done]):
             self._upsert(part)
@@ -139,7 +156,11 @@ class RemoteIndex:
                 )
             state = json.loads(self._state.read_text(encoding="utf-8"))
             rows = int(state["rows"])
-            if rows <= self.store.rows and state == self._name(rows):
+            expected = self._name(rows)
+            if rows > self.store.rows:
+                with Store.open(self.store.folder, verify=False) as latest:
+                    expected["checksum"] = latest.checksum(rows)
+            if state == expected:
                 return rows
             self.client.delete_collection(self.collection)
         self._note(0)
@@ -179,9 +200,9 @@ class RemoteIndex:
         points = models.Batch(ids=rows.tolist(), vectors=vectors, payloads=payloads)
         self.client.upsert(self.collection, points, wait=True)
 
-    def _errors(self, call: Any) -> Any:
+    def _errors(self, call: Callable[..., Any], *given: Any) -> Any:
         try:
-            return call()
+            return call(*given)
         except (StoreError, OSError):
             raise
         except Exception as error:  # a client's errors are of a dozen unrelated types

@@ -259,14 +259,16 @@ class Store:
         self._check_place()
         while True:
             self._db.execute("BEGIN")
-            seen = self._committed()
+            seen = None
             try:
+                seen = self._committed()
                 if seen != self.generation:
                     self.refresh(verify)
                 return
             except BaseException:
-                self._db.execute("COMMIT")
-                if self._committed() == seen:
+                if self._db.in_transaction:
+                    self._db.execute("COMMIT")
+                if seen is None or self._committed() == seen:
                     raise
 
     def _check_place(self) -> None:
