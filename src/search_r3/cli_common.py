@@ -47,7 +47,9 @@ Checkpoint = Annotated[
     str, typer.Option("--checkpoint", "-c", help="'default', a folder, an adapter folder or a hub name.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Arithmetic = Annotated[Precision, typer.Option(help="int8: smaller and faster on CPUs, slightly less exact.")]
+Arithmetic = Annotated[
+    Precision, typer.Option(help="int8: smaller and faster on CPUs, less exact; measure what it costs.")
+]
 Samples = Annotated[
     int, typer.Option(help="Reason this many times about each query and average the vectors.", min=1, max=64)
 ]
@@ -63,18 +65,21 @@ IndexChoice = Annotated[
     Kind, typer.Option("--index", help="exact; graph for very large indexes; qdrant for more than one machine.")
 ]
 QdrantUrl = Annotated[
-    str | None, typer.Option("--qdrant", envvar="QDRANT_URL", help="With --index qdrant: the server's URL.")
+    str | None, typer.Option("--qdrant", help="With --index qdrant: the server's URL; default: $QDRANT_URL.")
 ]
 
 
 def index_kind(kind: Kind, qdrant: str | None) -> IndexKind:
     """What `Retriever` takes."""
+    if qdrant and kind is not Kind.qdrant:
+        raise StoreError(f"--qdrant is for --index qdrant, not for --index {kind.value}; leave one of them out")
     if kind is Kind.exact:
         return "exact"
     need(kind.value, f"--index {kind.value}")
     if kind is Kind.graph:
         return "graph"
-    if qdrant is None:
+    qdrant = qdrant or os.environ.get("QDRANT_URL")
+    if not qdrant:
         raise StoreError("--index qdrant: name the server with --qdrant URL, e.g. http://localhost:6333")
     from search_r3.index.remote import follower
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from contextlib import ExitStack, suppress
@@ -89,6 +90,14 @@ def serve(
         hosts=tuple(allow_host or (("localhost", "127.0.0.1", "[::1]") if local and key is None else ())),
         origins=tuple(origin or ()),
     )
+    for name in settings.hosts:
+        if "*" in name.removeprefix("*.") and name != "*":
+            raise DataError(f"--allow-host {name}: * stands alone, or for all before the first dot: *.example.org")
+        if re.search(r":\d+$", name):
+            raise DataError(f"--allow-host {name}: leave out the port")
+    for name in settings.origins:
+        if not re.fullmatch(r"\*|\w+://[^/]+", name):
+            raise DataError(f"--origin {name}: give scheme, host and port without a path, e.g. https://example.org")
     if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
     search = index_kind(kind, qdrant)

@@ -162,3 +162,15 @@ def test_a_reasoning_cut_short_by_its_deadline_is_not_kept(model: SearchR3) -> N
         assert len(worker._known) == 1
 
     working(test, timeout=1.0)
+
+
+def test_a_request_of_many_thoughts_has_room_where_none_wait(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        with worker.hold(6):
+            found = await asyncio.gather(*(worker.think(model, f"text {n}", 2, held=True) for n in range(6)))
+            assert len(found) == 6
+            with pytest.raises(BusyError):
+                await worker.think(model, "another", 2)
+        assert worker.waiting == 0
+
+    working(test, queue=4)

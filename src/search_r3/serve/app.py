@@ -204,10 +204,10 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         if body.reason or body.samples > 1:
             if ids:
                 raise DataError("reason: needs texts, not tokens")
-            tasks = []
-            async with asyncio.TaskGroup() as group:
-                for text in texts:
-                    tasks.append(group.create_task(worker.think(model, text, limits.reasoning, samples=body.samples)))
+            think = partial(worker.think, model, max_new_tokens=limits.reasoning, samples=body.samples, held=True)
+            with worker.hold(len(texts) * body.samples):  # all of a request is accepted, or nothing
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(think(text=text)) for text in texts]
             results = [task.result() for task in tasks]
             thoughts = [found for every, _ in results for found in every]
             vectors = mean_vectors(np.stack([found.vector for found in thoughts]), body.samples)

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -149,7 +149,7 @@ class Worker:
             return np.stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
         lengths = [len(tokens) for tokens in ready or ids] or [len(text) // 4 for text in texts]  # tokens, about
         parts = []
-        with self._room(len(lengths)):
+        with self.hold(len(lengths)):
             # One part after the other: a request of many texts does not stand in the way of small ones.
             for part, tokens in self._parts([min(length, max_tokens) for length in lengths]):
                 job = Embed(
@@ -176,11 +176,13 @@ class Worker:
         max_new_tokens: int,
         on_text: Callable[[str], None] | None = None,
         samples: int = 1,
+        held: bool = False,
     ) -> tuple[list[Reasoned], int]:
         """Reason over a query. Returns the results, one a sample, and the tokens read of the query.
 
-        on_text is called on this event loop with each new piece of the first. Cancelling takes the query out of its
-        batch. Raises BusyError, or LateError if there was no time to think to the end.
+        on_text is called on this event loop with each new piece of the first. held: the caller holds its places.
+        Cancelling takes the query out of its batch. Raises BusyError, or LateError if there was no time to think to
+        the end.
         """
         name = (id(model), "think", max_new_tokens, samples, _digest(text))
         if name in self._known:
@@ -204,7 +206,7 @@ class Worker:
             samples=samples,
             on_text=None if on_text is None else show,
         )
-        with self._room(samples):
+        with nullcontext() if held else self.hold(samples):
             try:
                 result: tuple[list[Reasoned], int] = await self._submit(job)
             finally:
@@ -216,7 +218,7 @@ class Worker:
 
     async def call(self, function: Callable[[], Result], size: int = 1) -> Result:
         """Run a function on the worker's thread. size: the texts it stands for in the queue."""
-        with self._room(size):
+        with self.hold(size):
             result: Result = await self._submit(Call(size, self._deadline(), function=function))
             return result
 
@@ -249,8 +251,8 @@ class Worker:
         return self.alive and (not self.waiting or self.waiting + size <= self.settings.queue)
 
     @contextmanager
-    def _room(self, size: int) -> Iterator[None]:
-        """Holds texts' places in the queue."""
+    def hold(self, size: int) -> Iterator[None]:
+        """Holds the places of so many texts in the queue. Raises BusyError where there is no room."""
         if not self.room(size):
             raise BusyError
         self.waiting += size
