@@ -31,7 +31,7 @@ RUNS: dict[str, list[str]] = {
 SETTINGS = [
     "group={queries: 6, samples: 6, micro: 18, query_tokens: 48, document_tokens: 64, reasoning_tokens: 24}",
     "reward.least_tokens=6",
-    "reward.most_tokens=24",
+    "reward.most_tokens=20",
     "environment.budget=0.1",
     "table_every=1000",
 ]

@@ -33,6 +33,7 @@ from search_r3.cli_common import (
     print_json,
     write_reports,
 )
+from search_r3.errors import DataError
 from search_r3.extras import need
 
 Data = Annotated[Path, typer.Option(help="Folder that the recipe's data sets lie in.")]
@@ -264,6 +265,9 @@ def bootstrap(
     if quote:
         from search_r3.train import bootstrap as bootstrapping
 
+        ignored = {"--documents": documents, "--writer": writer, "--keep-all": keep_all}
+        if given := [option for option, value in ignored.items() if value]:
+            raise DataError(f"{given[0]}: not with --quote, which asks no model; leave it out")
         words = max_new_tokens * 2 // 3
         count = bootstrapping.quote(dataset, output, split=split, limit=limit, seed=seed, words=words)
         report = {"queries": count}

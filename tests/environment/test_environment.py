@@ -11,7 +11,7 @@ from search_r3.environment.drift import fit_drift
 from search_r3.environment.evolving import best_columns
 from search_r3.environment.freshness import POLICIES
 from search_r3.environment.graph import EvolvingGraph
-from search_r3.errors import DataError, StoreError
+from search_r3.errors import CheckpointError, DataError, StoreError
 from search_r3.records import Document
 
 COUNT, WIDTH = 300, 16
@@ -428,12 +428,30 @@ def test_processes_share_an_encoding():
     alone = ShardedEncoder(encoder, 0, 2, lambda mine: [*mine, np.empty((0, 0), np.float32)])
     assert alone.encode_documents(documents[:1]).shape == (1, WIDTH)
     with pytest.raises(RuntimeError, match="process 0: broken"):
-        ShardedEncoder(Failing(), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
+        ShardedEncoder(Failing(ValueError), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
+    with pytest.raises(DataError, match="process 0: broken"):  # what a user can mend stays that
+        ShardedEncoder(Failing(CheckpointError), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
 
 
 class Failing:
+    def __init__(self, error):
+        self.error = error
+
     def encode_documents(self, documents):
-        raise ValueError("broken")
+        raise self.error("broken")
+
+
+def test_a_document_longer_than_the_budget_stops_no_others():
+    environment, encoder = make(policy="read_repair", budget=100)
+    environment.lengths[0] = 200  # relevant to q0
+    names, vectors = rollouts(encoder)
+    assert "q0" in names
+    for _ in range(3):
+        encoder.tick += 1
+        environment.step(names, vectors)
+        assert environment.ages[0] > 0
+        assert (environment.ages == 0).sum() > 3
+    assert environment.refresh() > 3
 
 
 def test_bad_input_is_named():

@@ -252,3 +252,15 @@ def test_examples_without_a_reasoning_can_be_left_out(root):
     (examples,), _ = load(recipe, root)
     assert len(examples) == 10
     assert all(example.thought for example in examples)
+
+
+def test_files_that_tell_of_other_queries_are_errors(root):
+    (root / "made.jsonl").write_text('{"query_id": "of another set", "thought": "t", "negatives": ["d1"]}\n')
+    with pytest.raises(DataError, match=r"made\.jsonl: no query of .*train has a reasoning there"):
+        load(recipe_for("sources=[{path: train, thoughts: made.jsonl}]"), root)
+    with pytest.raises(DataError, match=r"made\.jsonl: none of its queries is judged in .*train\.tsv"):
+        load(recipe_for("sources=[{path: train, negatives: made.jsonl}]"), root)
+    (root / "made.jsonl").write_text('{"query_id": "q0", "thought": null}\n')  # none was kept
+    load(recipe_for("sources=[{path: train, thoughts: made.jsonl}]"), root)
+    with pytest.raises(DataError, match=r"no usable training example \(query without a reasoning: 20\)"):
+        load(recipe_for("sources=[{path: train, thoughts: made.jsonl, only_thoughts: true}]"), root)

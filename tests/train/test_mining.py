@@ -71,6 +71,18 @@ def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
         assert (record["thought"] is None) or record["rank"] < record["direct_rank"]
 
 
+def test_a_block_that_was_cut_short_is_drawn_again_as_it_was(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("search_r3.train.bootstrap.ROWS", 6)
+    folder = write_set(tmp_path / "set", 6)
+    output = tmp_path / "thoughts.jsonl"
+    how = RejectionSampling(samples=2, max_new_tokens=6, only_better=False)
+    bootstrap(model, folder, output, how, progress=False)
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"query_id": "q')
+    bootstrap(model, folder, output, how, progress=False)
+    assert output.read_text() == whole
+
+
 def test_another_model_can_write_what_is_embedded(tmp_path, model, base):
     folder = write_set(tmp_path / "set", 6)
     initialise(base, tmp_path / "writer")

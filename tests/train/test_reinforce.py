@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,8 +301,11 @@ def rough(episode, outcome):
 def test_an_end_of_another_recipe_is_not_kept(rl, root, tmp_path):
     run(rl(), root, tmp_path / "run")
     before = weights(tmp_path / "run" / "model")
-    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.1: the optimiser's settings"):
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.1: the model and the optimiser's"):
         run(rl(learning_rate=0.1), root, tmp_path / "run", resume=True, change=True)
+    other = shutil.copytree(rl().model, tmp_path / "other")
+    with pytest.raises(TrainingError, match=r"model was .*, is .*other: .* start anew"):
+        run(rl(model=str(other)), root, tmp_path / "run", resume=True, change=True)
     run(rl(steps=6), root, tmp_path / "run", resume=True, change=True)
     after = weights(tmp_path / "run" / "model")
     assert any((before[name] != after[name]).any() for name in before)
@@ -331,8 +335,8 @@ def test_what_cannot_be_learnt_from_stops_with_advice(rl, root, tmp_path):
     assert (tmp_path / "format" / "checkpoint-2" / ENVIRONMENT).exists()
     with pytest.raises(TrainingError, match=r"stopped at step 3: length was .*stopped thinking"):
         run(rl(guards={"patience": 3, "least_length": 50}), root, tmp_path / "length")
-    for name in ("nope", "nope.nope:nope"):
-        with pytest.raises(TrainingError, match=r"reward\.rank: nope"):
+    for name in ("nope", "nope.nope:nope", ":nope", ".nope:nope", "os:sep"):
+        with pytest.raises(TrainingError, match=rf"reward\.rank: {name}"):
             prepare(rl(reward={"rank": name}), root)
 
 
@@ -492,5 +496,12 @@ def test_impossible_sizes_are_refused(rl):
         rl(reward={"rank_weight": 0}, objective={"info_nce": 0})
     with pytest.raises(ValueError, match=r"most_kl needs the divergence"):
         rl(guards={"most_kl": 1}, objective={"beta": 0})
-    with pytest.raises(TrainingError, match="bnpo averages over each"):
-        arguments(rl(group={"micro": 4}, objective={"variant": "bnpo"}), "output", 1, False)
+    for micro, processes in ((4, 1), (4, 2)):
+        with pytest.raises(TrainingError, match="bnpo averages over each"):
+            arguments(rl(group={"micro": micro}, objective={"variant": "bnpo"}), Path("output"), processes, False)
+    with pytest.raises(ValueError, match="vespo cannot be trained"):
+        rl(backend="vllm", objective={"variant": "vespo"})
+    limit = rl().group.reasoning_tokens
+    for least, most in ((1, limit), (3, 2)):
+        with pytest.raises(ValueError, match=rf"must lie below group.reasoning_tokens \({limit}\)"):
+            rl(reward={"length_weight": 0.1, "least_tokens": least, "most_tokens": most})

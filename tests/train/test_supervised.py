@@ -367,6 +367,8 @@ def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
     train(prepare(recipe, root), run, progress=False)
     with pytest.raises(TrainingError, match="holds a run; go on with --resume"):
         train(prepare(recipe, root), run)
+    with pytest.raises(TrainingError, match="holds a run of `train sft`; give a new folder"):
+        claim(run, "rl", recipe, "data", {}, resume=True, change=True)
     changed = recipe.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.5"):
         train(prepare(changed, root), run, resume=True)

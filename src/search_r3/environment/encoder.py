@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from search_r3.errors import DataError, SearchR3Error
 from search_r3.records import Document
 
 
@@ -31,22 +32,22 @@ class ShardedEncoder:
         encoder: Encoder,
         rank: int,
         world: int,
-        gather: Callable[[list[np.ndarray | str]], list[np.ndarray | str]],
+        gather: Callable[[list[np.ndarray | Exception]], list[np.ndarray | Exception]],
     ):
         self.encoder, self.rank, self.world, self.gather = encoder, rank, world, gather
 
     def encode_documents(self, documents: Sequence[Document]) -> np.ndarray:
-        """(n, D) unit rows. Raises RuntimeError on every process where one of them failed."""
-        mine: np.ndarray | str
+        """(n, D) unit rows. Where one process failed, raises on every one: DataError for what a user can mend."""
+        mine: np.ndarray | Exception
         try:
             own = documents[self.rank :: self.world]
             mine = np.asarray(self.encoder.encode_documents(own), np.float32) if own else np.empty((0, 0), np.float32)
         except Exception as error:  # the others wait in gather: tell them instead of leaving
-            mine = f"process {self.rank}: {error}"
+            kind = DataError if isinstance(error, SearchR3Error) else RuntimeError
+            mine = kind(f"encoding failed on process {self.rank}: {error}")
         shares = self.gather([mine])
-        failed = [share for share in shares if isinstance(share, str)]
-        if failed:
-            raise RuntimeError(f"encoding failed on {failed[0]}")
+        if failed := [share for share in shares if isinstance(share, Exception)]:
+            raise failed[0]
         parts = [share for share in shares if isinstance(share, np.ndarray)]
         vectors = np.empty((len(documents), max(part.shape[1] for part in parts)), np.float32)
         for number, part in enumerate(parts):

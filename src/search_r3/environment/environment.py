@@ -36,14 +36,15 @@ PROBES = 16  # documents by which a state's model is recognised
 class RetrievalEnvironment:
     """A corpus that ranks itself for rollouts.
 
-    >>> model = SearchR3.from_pretrained("default")  # any `Encoder`
-    >>> documents = [Document(str(n), f"page number {n}") for n in range(20)]
-    >>> environment = RetrievalEnvironment(documents, {"q1": {"7": 1}}, model)
-    >>> environment.reset()
-    >>> rollouts = model.encode_queries(["page number 7", "page 7"])  # two of one query
-    >>> outcomes = environment.step(["q1", "q1"], rollouts)
-    >>> [outcome.relevant[0].id for outcome in outcomes]
-    ['7', '7']
+    Examples:
+        >>> model = SearchR3.from_pretrained("default")  # any `Encoder`
+        >>> documents = [Document(str(n), f"page number {n}") for n in range(20)]
+        >>> environment = RetrievalEnvironment(documents, {"q1": {"7": 1}}, model)
+        >>> environment.reset()
+        >>> rollouts = model.encode_queries(["page number 7", "page 7"])  # two of one query
+        >>> outcomes = environment.step(["q1", "q1"], rollouts)
+        >>> [outcome.relevant[0].id for outcome in outcomes]
+        ['7', '7']
 
     documents: the corpus. qrels: relevance by query id and document id. encoder: the model under training.
     lengths: tokens of each document, which the budget counts; default: a quarter of its characters.

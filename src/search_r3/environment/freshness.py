@@ -37,10 +37,11 @@ POLICIES = {
 
 
 def within_budget(rows: np.ndarray, lengths: np.ndarray, budget: float) -> np.ndarray:
-    """The first rows whose tokens together stay within the budget.
+    """The first rows whose tokens together stay within the budget; one that is longer by itself is passed over.
 
     rows: (n,) row numbers, the most wanted first. lengths: (N,) tokens of each row of the corpus.
     """
+    rows = rows[lengths[rows] <= budget]
     return rows[np.cumsum(lengths[rows]) <= budget]
 
 

@@ -78,42 +78,46 @@ def bootstrap(
     told = (writer or model).manifest
     settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
     _check_settings(output, settings, bool(done))
-    places = {query.id: place for place, query in enumerate(collection.queries)}
-    todo = [query for query in collection.queries if query.id not in done]
-    if todo and ranking:
+    names = {query.id for query in collection.queries}
+    if ranking and names - done.keys():
         stored = model.encode_documents(collection.documents, progress=progress)
-    with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
-        for start in range(0, len(todo), size):
-            block = todo[start : start + size]
+    total = len(names - done.keys())
+    with Meter("bootstrap", total, "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
+        for start in range(0, len(collection.queries), size):
+            # Of a block that an interruption cut short all is drawn again, for the draws go by the place within it.
+            block = collection.queries[start : start + size]
+            missing = [query.id not in done for query in block]
+            if not any(missing):
+                continue
             texts = [query.text for query in block]
             reasoned = (writer or model).reason(
                 texts,
                 max_new_tokens=how.max_new_tokens,
                 temperature=how.temperature,
-                seed=how.seed + places[block[0].id],
+                seed=how.seed + start,
                 samples=how.samples,
                 batch_rows=ROWS,
             )
             thoughts = [whole(sample) for sample in reasoned]
             long = [len(thought.split()) >= how.least_words for thought in thoughts]
-            meter.advance(len(block), sum(len(sample.token_ids) for sample in reasoned))
-            if not ranking:
-                for query, thought, kept in zip(block, thoughts, long, strict=True):
-                    file.write(dump({"query_id": query.id, "thought": thought if kept else None}))
-                file.flush()
-                continue
-            direct = model.encode_queries(texts)
-            repeated = [text for text in texts for _ in range(how.samples)]
-            vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
+            meter.advance(sum(missing), sum(len(sample.token_ids) for sample in reasoned))
+            if ranking:
+                direct = model.encode_queries(texts)
+                repeated = [text for text in texts for _ in range(how.samples)]
+                vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
+            records: list[dict[str, Any]] = []
             for number, query in enumerate(block):
                 mine = slice(number * how.samples, (number + 1) * how.samples)
-                before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant[query.id])
-                best = min(range(how.samples), key=lambda n: (not long[mine][n], ranks[n]))
-                kept = long[mine][best] and (ranks[best] < before or not how.only_better)
-                record = {"query_id": query.id, "thought": thoughts[mine][best] if kept else None}
-                file.write(dump(record | {"rank": ranks[best], "direct_rank": before, "ranks": ranks}))
+                best, kept, ranked = 0, long[mine][0], dict[str, Any]()
+                if ranking:
+                    before, *ranks = _ranks(np.vstack([direct[number], vectors[mine]]), stored, relevant[query.id])
+                    best = min(range(how.samples), key=lambda n: (not long[mine][n], ranks[n]))
+                    kept = long[mine][best] and (ranks[best] < before or not how.only_better)
+                    ranked = {"rank": ranks[best], "direct_rank": before, "ranks": ranks}
+                records.append({"query_id": query.id, "thought": thoughts[mine][best] if kept else None} | ranked)
+            file.write("".join(dump(record) for record, new in zip(records, missing, strict=True) if new))
             file.flush()
-    records = [record for name, record in _done(output).items() if name in places]
+    records = [record for name, record in _done(output).items() if name in names]
     return {
         "queries": len(records),
         "kept": sum(record["thought"] is not None for record in records),

@@ -95,6 +95,7 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
     dropped, result = Dropped(), []
     for source in sources:
         kept: list[Example] = []
+        before = dropped.counts.copy()
         seen: set[tuple[str, str]] = set()
         tests: dict[str, str | None] = {}  # by passage: which test set has it
         folder = (root / source.path).is_dir()  # read to its end in any case, for all answers
@@ -102,7 +103,10 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
         for example in _read(source, root, dropped):
             name = f"{example.source}:{example.id}"
             answers[example.query] = answers.get(example.query, frozenset()) | example.relevant
-            if len(kept) == source.limit or (source.only_thoughts and not example.thought):
+            if len(kept) == source.limit:
+                continue
+            if source.only_thoughts and not example.thought:
+                dropped.add("query without a reasoning", name)
                 continue
             for passage in (example.positive, *example.negatives):
                 if passage.id not in tests:
@@ -124,7 +128,8 @@ def load_examples(sources: Sequence[Source], held_out: HeldOut, root: Path) -> t
                 if len(kept) == source.limit and not folder:
                     break
         if not kept:
-            raise DataError(f"{root / source.path}: no usable training example ({dict(dropped.counts)})")
+            why = ", ".join(f"{reason}: {count}" for reason, count in (dropped.counts - before).items())
+            raise DataError(f"{root / source.path}: no usable training example ({why or 'it holds none'})")
         result.append([_with_answers(example, answers[example.query], dropped) for example in kept])
     return result, dropped
 
@@ -197,9 +202,16 @@ def _read(source: Source, root: Path, dropped: Dropped) -> Iterator[Example]:
         examples = _from_beir(source, root, dropped)
     else:
         examples = _from_records(source.path, str(root / source.path))
-    thoughts = _thoughts(_made(root, source.thoughts, source, "bootstrap")) if source.thoughts else {}
+    if not source.thoughts:
+        yield from examples
+        return
+    path = _made(root, source.thoughts, source, "bootstrap")
+    thoughts, met = _thoughts(path), False
     for example in examples:
-        yield replace(example, thought=thoughts[example.id]) if example.id in thoughts else example
+        met |= example.id in thoughts
+        yield replace(example, thought=thoughts.get(example.id) or example.thought)
+    if thoughts and not met:
+        raise DataError(f"{path}: no query of {root / source.path} has a reasoning there; make it of this source")
 
 
 def _made(root: Path, name: str, source: Source, command: str) -> Path:
@@ -215,6 +227,8 @@ def _from_beir(source: Source, root: Path, dropped: Dropped) -> Iterator[Example
     queries, judgements = read_queries(folder / "queries.jsonl"), read_judgements(path)
     documents = {document.id: document for document in _documents(folder, dropped)}
     mined = read_negatives(_made(root, source.negatives, source, "mine")) if source.negatives else {}
+    if source.negatives and not mined.keys() & judgements.keys():
+        raise DataError(f"{root / str(source.negatives)}: none of its queries is judged in {path}; mine again")
     for name, judged in judgements.items():
         if name not in queries:
             raise DataError(f"{path}: judges query {name!r}, which is not in {folder / 'queries.jsonl'}")
@@ -309,14 +323,14 @@ def read_negatives(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def _thoughts(path: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _thoughts(path: Path) -> dict[str, str | None]:
+    """Reasonings by query id; None or "" for a query that none was kept of."""
+    found: dict[str, str | None] = {}
     for where, record in read_records(path):
         thought = record.get("thought", 0)
         if not isinstance(record.get("query_id"), str) or not (thought is None or isinstance(thought, str)):
             raise DataError(f"{where}: needs 'query_id' and 'thought', a text or null")
-        if thought:
-            found[record["query_id"]] = thought
+        found[record["query_id"]] = thought
     return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from search_r3.records import Reasoned, Status
 from search_r3.train.losses import anisotropy, info_nce
 from search_r3.train.rl_config import RLRecipe
 from search_r3.train.rollouts import Rollouter, RolloutPolicy, Rollouts, has_spread, repeated
+from search_r3.train.run import shared_arguments
 from search_r3.train.step import Forward
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -202,10 +204,11 @@ class RetrievalGRPOTrainer(GRPOTrainer):
             step: Tensor = super().training_step(*args, **kwargs)
             return step
         except torch.OutOfMemoryError as error:
-            group = self.recipe.group
+            group, also = self.recipe.group, ""
+            if self.recipe.backend == "ours" and group.decode_rows > group.samples:
+                also = f", or group.decode_rows (now {group.decode_rows}) if it is the writing that does not fit"
             raise TrainingError(
-                f"out of memory in step {self.state.global_step + 1}; halve group.micro (now {group.micro}), or "
-                f"group.decode_rows (now {group.decode_rows}) if it is the writing that does not fit"
+                f"out of memory in step {self.state.global_step + 1}; halve group.micro (now {group.micro}){also}"
             ) from error
 
     # --- loss ---------------------------------------------------------------------------------------------------------
@@ -232,9 +235,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         for episode, numbers in zip(found.episodes, relevant, strict=True):
             cosines = index.read(numbers) @ episode.reasoned.vector
             best.append(np.searchsorted(rows, numbers[int(cosines.argmax())]))
-        known = np.zeros((len(relevant), len(rows)), bool)
-        for line, numbers in enumerate(relevant):
-            known[line, np.searchsorted(rows, numbers)] = True
+        known = np.stack([np.isin(rows, numbers) for numbers in relevant])
         self._targets = {
             name: torch.as_tensor(value, device=self.accelerator.device)
             for name, value in (("documents", index.read(rows)), ("positives", np.array(best)), ("known", known))
@@ -245,20 +246,19 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         loss: Tensor = super()._compute_loss(model, inputs)
         weight, vectors = self.recipe.objective.info_nce, self._vectors
         assert vectors is not None
-        if self.model.training:
-            rows, targets = inputs["rollout"], self._targets
-            with torch.set_grad_enabled(weight > 0):
-                contrast = info_nce(
-                    vectors,
-                    targets["documents"],
-                    targets["positives"][rows],
-                    targets["known"][rows],
-                    temperature=self.recipe.objective.temperature,
-                    false_negative_margin=self.recipe.objective.false_negative_margin,
-                )
-            self._metrics["train"]["info_nce"].append(self.accelerator.gather(contrast.detach()).mean().item())
-            if weight:
-                loss = loss + weight * contrast / self.current_gradient_accumulation_steps
+        rows, targets = inputs["rollout"], self._targets
+        with torch.set_grad_enabled(weight > 0):
+            contrast = info_nce(
+                vectors,
+                targets["documents"],
+                targets["positives"][rows],
+                targets["known"][rows],
+                temperature=self.recipe.objective.temperature,
+                false_negative_margin=self.recipe.objective.false_negative_margin,
+            )
+        self._metrics["train"]["info_nce"].append(self.accelerator.gather(contrast.detach()).mean().item())
+        if weight:
+            loss = loss + weight * contrast / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated and the last "
@@ -281,7 +281,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> GRPOConfig:
+def arguments(recipe: RLRecipe, output: Path, processes: int, progress: bool) -> GRPOConfig:
     """TRL's settings for a recipe. Raises TrainingError for sizes that do not fit the number of processes."""
     group = recipe.group
     mine = group.queries * group.samples // processes
@@ -291,14 +291,13 @@ def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> 
             f"({group.micro}) must divide the {mine} rollouts of each"
         )
     goal = recipe.objective
-    if goal.variant == "bnpo" and group.micro < mine:
+    if goal.variant == "bnpo" and group.micro < group.queries * group.samples:
         raise TrainingError(
-            f"objective.variant bnpo averages over each group.micro ({group.micro}); it must be all {mine} rollouts "
-            "that a process has of a step"
+            f"objective.variant bnpo averages over each group.micro ({group.micro}) of each process; that must be all "
+            f"{group.queries * group.samples} rollouts of a step, so on one process"
         )
     return GRPOConfig(
-        output_dir=output,
-        max_steps=recipe.steps,
+        **shared_arguments(recipe, output, progress),
         per_device_train_batch_size=group.micro,
         gradient_accumulation_steps=mine // group.micro,
         steps_per_generation=mine // group.micro,
@@ -315,21 +314,6 @@ def arguments(recipe: RLRecipe, output: str, processes: int, progress: bool) -> 
         shuffle_dataset=False,  # `plan` has chosen the order
         use_vllm=recipe.backend == "vllm",
         vllm_mode="colocate",
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=int(recipe.warmup * recipe.steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        save_steps=recipe.save_every,
-        save_total_limit=recipe.keep,
-        logging_steps=recipe.log_every,
-        report_to=recipe.report_to or "none",
         log_completions=False,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        seed=recipe.seed,
-        disable_tqdm=not progress,
-        use_cpu=not torch.cuda.is_available(),
     )

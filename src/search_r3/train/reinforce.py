@@ -51,6 +51,7 @@ from search_r3.train.run import (
     latest,
     lighten,
     load_model,
+    lora_config,
     under_fsdp,
 )
 
@@ -160,7 +161,7 @@ def train(
 
     recipe = prepared.recipe
     state = PartialState(cpu=not torch.cuda.is_available())
-    settings = arguments(recipe, str(output), state.num_processes, progress)
+    settings = arguments(recipe, output, state.num_processes, progress)
     check_sharding(settings)
     if under_fsdp() and recipe.backend != "ours":
         raise TrainingError(f"backend {recipe.backend} does not write with sharded weights; take backend: ours")
@@ -212,7 +213,7 @@ def train(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": prepared.order}),
-        peft_config=_adapter(recipe),
+        peft_config=None if recipe.lora is None else lora_config(recipe.lora),
         callbacks=[Track(output / METRICS), FiniteGradients(), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
@@ -231,20 +232,6 @@ def train(
     model.generation_config.eos_token_id = ends or None
     trained = manifest.max_tokens.model_copy(update={"reasoning": recipe.group.reasoning_tokens})
     return finish(trainer, output, recipe.model, tokenizer, manifest.model_copy(update={"max_tokens": trained}))
-
-
-def _adapter(recipe: RLRecipe) -> Any:
-    if recipe.lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 class _Keeper(TrainerCallback):

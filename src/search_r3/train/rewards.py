@@ -115,6 +115,8 @@ def find(name: str) -> RewardFunction:
         sys.path.append("")  # the current folder, where `python -m` would look as well
     try:
         found: RewardFunction = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise TrainingError(f"reward.rank: {name} cannot be imported ({error})") from error
+    if not callable(found):
+        raise TrainingError(f"reward.rank: {name} is not a function")
     return found

@@ -45,7 +45,7 @@ class Group(Strict):
     reasoning_tokens: int = Field(default=64, gt=0)
     """Most tokens of a reasoning."""
     decode_rows: int = Field(default=64, gt=0)
-    """Rollouts decoded at once."""
+    """Rollouts decoded at once by backend `ours`; at least one query's."""
 
 
 class Reward(Strict):
@@ -166,7 +166,7 @@ class RLRecipe(Strict):
     report_to: list[str] = Field(default_factory=list)
     """Also log to tensorboard, trackio or wandb."""
     seed: int = Field(default=0, ge=0)
-    """Of data order, rollouts and initialisation."""
+    """Of data order, rollouts (but for backend vllm, which seeds itself) and initialisation."""
 
     @model_validator(mode="after")
     def _possible(self) -> RLRecipe:
@@ -177,6 +177,16 @@ class RLRecipe(Strict):
             raise ValueError("reward.rank_weight and objective.info_nce are both 0: nothing rewards a good ranking")
         if self.guards.most_kl is not None and self.objective.beta == 0:
             raise ValueError("guards.most_kl needs the divergence, which objective.beta 0 leaves out; set one of them")
+        least, most, limit = self.reward.least_tokens, self.reward.most_tokens, self.group.reasoning_tokens
+        if self.reward.length_weight and not least <= most < limit:
+            raise ValueError(
+                f"reward.least_tokens ({least}) to reward.most_tokens ({most}) must lie below group.reasoning_tokens "
+                f"({limit}): a reasoning that runs out of tokens would earn the whole length reward"
+            )
+        if self.objective.variant == "vespo" and self.backend == "vllm":
+            raise ValueError(
+                "objective.variant vespo cannot be trained on rollouts of backend vllm; change one of them"
+            )
         return self
 
 

@@ -153,8 +153,6 @@ class Rollouter:
         vectors = np.stack([one.vector for one in reasoned]) if reasoned else np.empty((0, 0), np.float32)
         shares = self.gather([(every, vectors)])
         ids = [name for share in shares for name in share[0]]
-        if not ids:
-            return Rollouts([], [], [])
         # A resampled batch is one more look at the same weights, not one more step of the model.
         ranked = self.environment.step(ids, np.concatenate([v for i, v in shares if i]), step)
         outcomes = ranked[before : before + len(every)]

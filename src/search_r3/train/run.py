@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,12 @@ from search_r3.model.checkpoint import (
 )
 from search_r3.model.engine import Engine
 from search_r3.model.reasoning import Sampling, reason
-from search_r3.train.config import Dev, Strict
+from search_r3.train.config import Dev, Lora, Recipe, Strict
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from search_r3.train.rl_config import RLRecipe
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -65,14 +70,16 @@ def claim(
         if output.exists() and any(output.iterdir()):
             raise TrainingError(f"{output}: not empty and not a run; give a new folder")
         output.mkdir(parents=True, exist_ok=True)
-    elif not resume:
-        raise TrainingError(f"{output}: holds a run; go on with --resume, or give a new folder")
     else:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old, old_data = before["recipe"], before["data"]
-        except (ValueError, KeyError) as error:
+            old, old_data, old_stage = before["recipe"], before["data"], before.get("stage", stage)
+        except (ValueError, KeyError, AttributeError) as error:
             raise TrainingError(f"{path}: damaged ({error}); give a new folder") from error
+        if old_stage != stage:
+            raise TrainingError(f"{output}: holds a run of `train {old_stage}`; give a new folder")
+        if not resume:
+            raise TrainingError(f"{output}: holds a run; go on with --resume, or give a new folder")
         with contextlib.suppress(ValidationError):
             old = type(recipe).model_validate(old).model_dump()  # with keys that are younger than the run
         if old_data != data:
@@ -83,16 +90,14 @@ def claim(
                 f"{output}: the recipe changed since this run began: {'; '.join(changed)}; "
                 "restore it, start anew, or resume with --allow-change"
             )
-        stored = [line for line in changed if line.startswith(("learning_rate", "weight_decay", "warmup"))]
+        stored = [line for line in changed if line.startswith(("model", "learning_rate", "weight_decay", "warmup"))]
         if stored:
             raise TrainingError(
-                f"{output}: {'; '.join(stored)}: the optimiser's settings are part of its checkpoints and cannot "
-                "change in a run; start anew"
+                f"{output}: {'; '.join(stored)}: the model and the optimiser's settings are part of a run's "
+                "checkpoints and cannot change in it; start anew"
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-        if old.get("model") != new["model"]:
-            before.pop("base", None)
     began = {name: before[name] for name in ("versions", "commit", "base") if name in before}
     write_json(path, {"stage": stage, "recipe": new, "data": data, **began, **notes})
 
@@ -172,6 +177,39 @@ FSDP2 = (
 def under_fsdp() -> bool:
     """Whether accelerate was told to shard the weights."""
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def shared_arguments(recipe: Recipe | RLRecipe, output: Path, progress: bool) -> dict[str, Any]:
+    """The Trainer's settings that both stages take from a recipe."""
+    return {
+        "output_dir": str(output),
+        "max_steps": recipe.steps,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": int(recipe.warmup * recipe.steps),
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.precision == "bfloat16",
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        "save_steps": recipe.save_every,
+        "save_total_limit": recipe.keep,
+        "logging_steps": recipe.log_every,
+        "report_to": recipe.report_to or "none",
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "seed": recipe.seed,
+        "disable_tqdm": not progress,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def lora_config(lora: Lora, **more: Any) -> LoraConfig:
+    """Adapters on all linear layers. Without dropout: passes over the same text must agree."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", **more
+    )
 
 
 def check_sharding(arguments: TrainingArguments) -> None:

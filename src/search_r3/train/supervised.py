@@ -39,6 +39,8 @@ from search_r3.train.run import (
     latest,
     lighten,
     load_model,
+    lora_config,
+    shared_arguments,
     under_fsdp,
 )
 from search_r3.train.step import Collator
@@ -148,22 +150,14 @@ def _tied(name: str) -> bool:
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, manifest: Manifest) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     assert recipe.lora is not None
     rows = {"embed_tokens": [manifest.embed_token_id]}
     if not model.config.get_text_config().tie_word_embeddings:
         rows["lm_head"] = [manifest.embed_token_id]
-    config = LoraConfig(
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=0.0,  # both passes of the cached step must agree
-        target_modules="all-linear",
-        trainable_token_indices=rows,
-        task_type="CAUSAL_LM",
-    )
     with quiet():
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(recipe.lora, trainable_token_indices=rows))
 
 
 def _arguments(recipe: Recipe, output: Path, progress: bool) -> TrainingArguments:
@@ -171,26 +165,9 @@ def _arguments(recipe: Recipe, output: Path, progress: bool) -> TrainingArgument
     if recipe.batch.queries % processes:
         raise TrainingError(f"batch.queries ({recipe.batch.queries}) is not a multiple of {processes} processes")
     return TrainingArguments(
-        output_dir=str(output),
-        max_steps=recipe.steps,
+        **shared_arguments(recipe, output, progress),
         per_device_train_batch_size=recipe.batch.queries // processes,
         train_sampling_strategy="sequential",  # `plan` has chosen the order
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=int(recipe.warmup * recipe.steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
-        save_steps=recipe.save_every,
-        save_total_limit=recipe.keep,
-        logging_steps=recipe.log_every,
-        report_to=recipe.report_to or "none",
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        seed=recipe.seed,
-        disable_tqdm=not progress,
-        use_cpu=not torch.cuda.is_available(),
     )
