@@ -112,7 +112,7 @@ def eval_(
         raise DataError("--reason is for --mteb; elsewhere, name the modes: --modes direct,reason")
     if mteb_output:
         raise DataError("--mteb-output is for --mteb; elsewhere, name the report: --output report.json")
-    modes, fuse = DEFAULT_MODES if modes is None else modes, 0.5 if fuse is None else fuse
+    modes = DEFAULT_MODES if modes is None else modes
     split = split or "test"
     with loading():
         from search_r3.evaluate.report import markdown, rich_tables
@@ -125,6 +125,11 @@ def eval_(
         raise DataError(
             f"--modes {modes}: unknown mode {', '.join(unknown) or '(none given)'}; choose from {', '.join(MODES)}"
         )
+    if fuse is not None and not any("fused" in mode for mode in chosen):
+        raise DataError("--fuse: none of these modes adds vectors; name fused among --modes, or leave it out")
+    if samples > 1 and set(chosen) <= {"direct", "hybrid", *BASELINES}:
+        raise DataError("--samples: none of these modes thinks; name reason among --modes, or leave it out")
+    fuse = 0.5 if fuse is None else fuse
     check_reports(output)
     if details:
         check_writable("--details", details)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from search_r3.evaluate.collection import DEMO
 from search_r3.evaluate.report import rich_tables
-from search_r3.evaluate.run import Mode, evaluate, summarise
+from search_r3.evaluate.run import Mode, evaluate, need_extras, summarise
 from search_r3.files import cache_home
 from search_r3.model.search_r3 import SearchR3
 from search_r3.passages import Splitting
@@ -35,6 +35,8 @@ def run_demo(model: SearchR3, out: Console | None, show_hits: Callable[[str, lis
         if out:
             out.print(f"\n[bold]{text}[/bold]")
 
+    modes: tuple[Mode, ...] = ("direct", "reason", "hybrid", "bm25")
+    need_extras(modes)
     started = time.perf_counter()
     folder = cache_home() / "demo" / model.fingerprint[:16]
     say("1. Index 200 manual pages (tldr-pages, CC BY 4.0)")
@@ -74,7 +76,6 @@ def run_demo(model: SearchR3, out: Console | None, show_hits: Callable[[str, lis
                 }
             )
     say("5. Measure on 50 judged questions")
-    modes: tuple[Mode, ...] = ("direct", "reason", "hybrid", "bm25")
     report = summarise(evaluate(model, [DEMO], modes, index_folder=folder, progress=None if out else False), model)
     seconds = time.perf_counter() - started
     if out:

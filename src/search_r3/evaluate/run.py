@@ -136,6 +136,8 @@ def evaluate(
     """
     need_extras(modes)
     collections = load_all(folders, split, limit)
+    if model:  # what is cached is known by the length itself: the checkpoint's may change
+        max_tokens = max_tokens or model.manifest.max_tokens.document
     results, kept = [], []
     given = max_tokens, max_new_tokens, fuse, samples, ignore_identical_ids
     for collection, folder in zip(collections, folders, strict=True):

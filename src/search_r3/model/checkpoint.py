@@ -180,7 +180,7 @@ def _prepared_default() -> Path:
     from search_r3.model.default import ADAPTER, TRAINED_NAME
 
     made_of = [ADAPTER / name for name in ("adapter_model.safetensors", "adapter_config.json", MANIFEST)]
-    digest = _digest([sha256_file(path) for path in made_of if path.exists()])
+    digest = _digest([str(BASE), *(sha256_file(path) for path in made_of if path.exists())])
     folder = cache_home() / "models" / f"{TRAINED_NAME}-{digest[:12]}"
     if not folder.exists():
         model, tokenizer, manifest = load(ADAPTER)
@@ -226,10 +226,12 @@ def initialise(base: str | Path, folder: Path, words: SystemPrompts | None = Non
     empty and CheckpointError if the base cannot be loaded.
     """
     path = resolve(base)
+    before = read_manifest(path)
+    if before:
+        _verify(path, before)
     model, tokenizer = _load_plain(path, "auto")
     _add_embed_token(model, tokenizer)
     parent = Parent(source=str(base), weights_sha256=_digest(_hash_files(path)))
-    before = read_manifest(path)
     return save(
         folder,
         model,
