@@ -9,8 +9,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
 demo: $(DEMO_ENV)/.ready  ## a real model thinks, embeds and searches
 	$(DEMO_ENV)/bin/search-r3 demo
 
-test: $(TEST_ENV)/.ready  ## all tests, offline
-	$(TEST_ENV)/bin/python -m pytest
+test: $(TEST_ENV)/.ready  ## all tests, offline, on two cores
+	OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(TEST_ENV)/.ready  ## style and types
 	$(TEST_ENV)/bin/ruff check .

@@ -90,8 +90,9 @@ It embeds without reasoning; documents are cut at {model.manifest.max_tokens.doc
 class OpenVinoEncoder:
     """Vectors of queries and documents, without reasoning, from a folder that `write` made.
 
-    >>> encoder = OpenVinoEncoder("my-model")  # doctest: +SKIP
-    >>> encoder.encode_queries(["pack files"]) @ encoder.encode_documents(["tar packs files"]).T  # doctest: +SKIP
+    Examples:
+        >>> encoder = OpenVinoEncoder("my-model")  # doctest: +SKIP
+        >>> encoder.encode_queries(["pack files"]) @ encoder.encode_documents(["tar packs files"]).T  # doctest: +SKIP
 
     precision: "f32", or "bf16" for CPUs that compute it natively. batch_tokens: tokens of one batch, padding included.
     Raises CheckpointError for a folder that is not one of these.

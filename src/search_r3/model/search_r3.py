@@ -32,11 +32,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 class SearchR3:
     """An instruction model with an embedding token: encodes documents, and queries with or without reasoning.
 
-    >>> model = SearchR3.from_pretrained("default")
-    >>> documents = model.encode_documents(["tar archives files", "ls lists files"])
-    >>> queries = model.encode_queries(["pack a folder into one file"], reason=True)
-    >>> model.similarity(queries, documents).shape
-    (1, 2)
+    Examples:
+        >>> model = SearchR3.from_pretrained("default")
+        >>> documents = model.encode_documents(["tar archives files", "ls lists files"])
+        >>> queries = model.encode_queries(["pack a folder into one file"], reason=True)
+        >>> model.similarity(queries, documents).shape
+        (1, 2)
     """
 
     def __init__(self, engine: Engine, manifest: Manifest, source: str):
