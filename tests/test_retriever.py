@@ -119,6 +119,16 @@ def test_a_damaged_copy_of_what_was_derived_is_made_anew(retriever, model, kind)
         assert damaged.stat().st_size > len(b"nonsense")
 
 
+def test_words_of_another_stemmer_are_not_used(retriever, model, monkeypatch):
+    retriever.search(TEXTS[0], hybrid=True)
+    (first,) = retriever.store.folder.glob("bm25-*")
+    monkeypatch.setattr("search_r3.retriever.version", lambda name: "of another day")
+    with Retriever.open(retriever.store.folder, model) as again:
+        again.search(TEXTS[0], hybrid=True)
+    (second,) = retriever.store.folder.glob("bm25-*")
+    assert first != second
+
+
 def test_the_name_of_the_default_is_no_folder(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()

@@ -91,6 +91,17 @@ def test_vectors_of_another_precision_are_not_used(checkpoint, small):
         assert evaluate(model, [small], ["direct"], precision="auto")[0].encoded == 12
 
 
+def test_vectors_of_another_length_are_not_used(checkpoint, small, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    assert evaluate(SearchR3.from_pretrained(folder), [small], ["direct"])[0].encoded == 12
+    told = json.loads((folder / "search_r3.json").read_text())
+    told["max_tokens"]["document"] = 3
+    (folder / "search_r3.json").write_text(json.dumps(told))
+    shorter = SearchR3.from_pretrained(folder)
+    assert evaluate(shorter, [small], ["direct"])[0].encoded == 12
+    assert evaluate(shorter, [small], ["direct"], max_tokens=3)[0].encoded == 0  # the same, given
+
+
 def test_an_interrupted_evaluation_goes_on(model, small, tmp_path, monkeypatch):
     other = Path(shutil.copytree(small, tmp_path / "other"))
     whole = evaluate(model, [small, other], MODES, max_new_tokens=4, samples=2)

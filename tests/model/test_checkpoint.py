@@ -252,6 +252,14 @@ def test_changed_weights_change_the_fingerprint(checkpoint, tmp_path, model):
     assert SearchR3.from_pretrained(folder).fingerprint != model.fingerprint
 
 
+def test_damaged_weights_are_no_base_of_a_new_checkpoint(checkpoint, tmp_path):
+    folder = copy(checkpoint, tmp_path)
+    damage_flip(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: content does not match"):
+        initialise(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_chat_template_that_hides_the_user_is_refused(base_folder, tmp_path):
     copy = tmp_path / "base"
     shutil.copytree(base_folder, copy)
