@@ -96,7 +96,7 @@ def serve(
         if re.search(r":\d+$", name):
             raise DataError(f"--allow-host {name}: leave out the port")
     for name in settings.origins:
-        if not re.fullmatch(r"\*|\w+://[^/]+", name):
+        if not re.fullmatch(r"\*|null|[\w+.-]+://[^/]+", name):
             raise DataError(f"--origin {name}: give scheme, host and port without a path, e.g. https://example.org")
     if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
