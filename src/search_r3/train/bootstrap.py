@@ -79,15 +79,14 @@ def bootstrap(
     settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
     _check_settings(output, settings, bool(done))
     names = {query.id for query in collection.queries}
-    if ranking and names - done.keys():
+    todo = names - done.keys()
+    if ranking and todo:
         stored = model.encode_documents(collection.documents, progress=progress)
-    total = len(names - done.keys())
-    with Meter("bootstrap", total, "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
+    with Meter("bootstrap", len(todo), "queries", progress) as meter, output.open("a", encoding="utf-8") as file:
         for start in range(0, len(collection.queries), size):
             # Of a block that an interruption cut short all is drawn again, for the draws go by the place within it.
             block = collection.queries[start : start + size]
-            missing = [query.id not in done for query in block]
-            if not any(missing):
+            if not any(query.id in todo for query in block):
                 continue
             texts = [query.text for query in block]
             reasoned = (writer or model).reason(
@@ -100,12 +99,12 @@ def bootstrap(
             )
             thoughts = [whole(sample) for sample in reasoned]
             long = [len(thought.split()) >= how.least_words for thought in thoughts]
-            meter.advance(sum(missing), sum(len(sample.token_ids) for sample in reasoned))
+            meter.advance(sum(query.id in todo for query in block), sum(len(sample.token_ids) for sample in reasoned))
             if ranking:
                 direct = model.encode_queries(texts)
                 repeated = [text for text in texts for _ in range(how.samples)]
                 vectors = model.encode_reasoned(repeated, model.engine.plain_ids(thoughts))
-            records: list[dict[str, Any]] = []
+            lines = []
             for number, query in enumerate(block):
                 mine = slice(number * how.samples, (number + 1) * how.samples)
                 best, kept, ranked = 0, long[mine][0], dict[str, Any]()
@@ -114,8 +113,10 @@ def bootstrap(
                     best = min(range(how.samples), key=lambda n: (not long[mine][n], ranks[n]))
                     kept = long[mine][best] and (ranks[best] < before or not how.only_better)
                     ranked = {"rank": ranks[best], "direct_rank": before, "ranks": ranks}
-                records.append({"query_id": query.id, "thought": thoughts[mine][best] if kept else None} | ranked)
-            file.write("".join(dump(record) for record, new in zip(records, missing, strict=True) if new))
+                if query.id in todo:
+                    thought = thoughts[mine][best] if kept else None
+                    lines.append(dump({"query_id": query.id, "thought": thought} | ranked))
+            file.write("".join(lines))
             file.flush()
     records = [record for name, record in _done(output).items() if name in names]
     return {
