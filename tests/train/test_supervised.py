@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from search_r3 import SearchR3
@@ -24,6 +24,7 @@ from search_r3.model.checkpoint import MANIFEST, initialise
 from search_r3.model.export import export
 from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, dev_sets, keep_until, latest
 from search_r3.train.supervised import prepare, train
+from search_r3.train.teacher import load_teacher
 from search_r3.train.trainer import SupervisedTrainer
 from tests.conftest import build_base
 
@@ -143,6 +144,25 @@ def test_a_teacher_that_cannot_be_loaded_is_named_before_anything_is_claimed(rec
     with pytest.raises(TrainingError, match=r"initial' has no modules.json.*search-r3 export"):
         train(prepare(recipe, root), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_tells_its_teacher_s_weights_and_goes_on_with_no_others(recipe, root, tmp_path, teacher):
+    place = tmp_path / "teacher"
+    shutil.copytree(teacher, place)
+    prepared = prepare(recipe.model_copy(update={"teacher": str(place), "steps": 1}), root)
+    model = train(prepared, tmp_path / "run", progress=False)
+    told = SearchR3.from_pretrained(model).manifest.training[-1].teacher_sha256
+    assert told == load_teacher(teacher, torch.device("cpu")).sha256()
+    other = {name: tensor + 1e-3 for name, tensor in weights(place).items()}
+    save_file(other, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"teacher .* has other weights than when this run began"):
+        train(prepared, tmp_path / "run", resume=True, progress=False)
+    train(
+        prepare(prepared.recipe.model_copy(update={"teacher": teacher}), root),
+        tmp_path / "run",
+        resume=True,
+        change=True,
+    )
 
 
 def test_a_step_that_fits_is_computed_once(recipe, root, tmp_path, monkeypatch):

@@ -72,6 +72,8 @@ class Stage(BaseModel):
     """SHA-256 over the training examples."""
     parent: Parent | None = None
     """What it began with."""
+    teacher_sha256: str | None = None
+    """Of the teacher's weights, where its recipe names one."""
     versions: dict[str, str] = {}
     """Libraries that it began with."""
     commit: str | None = None

@@ -124,29 +124,15 @@ class Dev(Strict):
     """Tokens of a reasoning to test with as well; 0: test without reasoning only."""
 
 
-class Recipe(Strict):
-    """A supervised run."""
+class Run(Strict):
+    """What recipes of both stages decide."""
 
-    elsewhere = dict.fromkeys(("group", "reward", "objective", "environment", "guards"), STAGE_2)
-
-    model: str = "base"
-    """What is trained: `base` (the untrained default), a folder or a hub name; given an embedding token if need be."""
-    sources: list[Source] = Field(min_length=1)
-    """Training sets."""
-    teacher: str | None = None
-    """Embedder whose similarities are learned besides: a folder or hub name for sentence-transformers, or `minilm`."""
     held_out: list[str] = []
-    """BEIR folders; training examples that overlap with their test queries or relevant documents are dropped."""
+    """BEIR folders; what overlaps with their test queries or relevant documents is not trained on."""
     steps: int = Field(gt=0)
-    """Optimiser steps."""
-    batch: Batch = Batch()
-    """Sizes of one step."""
-    loss: Loss = Loss()
-    """Terms and weights."""
+    """Optimiser steps; in stage 2 each on fresh rollouts."""
     lora: Lora | None = Lora()
     """Adapters; null trains all weights."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak; linear warm-up, then cosine decay to a tenth."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -157,20 +143,39 @@ class Recipe(Strict):
     """bfloat16: mixed precision, for GPUs and CPUs with native bfloat16. What is trained, and saved, is in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    shared_prefix: bool = True
-    """Compute the constant prompt once a chunk instead of once a text; false only for measuring what that saves."""
     dev: Dev = Dev()
     """Test while training."""
+    report_to: list[str] = []
+    """Also log to tensorboard, trackio or wandb."""
+    seed: int = Field(default=0, ge=0)
+    """Of data order, initialisation and, but for backend vllm, which seeds itself, rollouts."""
+
+
+class Recipe(Run):
+    """A supervised run: the keys of `Run`, and these."""
+
+    elsewhere = dict.fromkeys(("group", "reward", "objective", "environment", "guards"), STAGE_2)
+
+    model: str = "base"
+    """What is trained: `base` (the untrained default), a folder or a hub name; given an embedding token if need be."""
+    sources: list[Source] = Field(min_length=1)
+    """Training sets."""
+    teacher: str | None = None
+    """Embedder whose similarities are learned besides: a folder or hub name for sentence-transformers, or `minilm`."""
+    batch: Batch = Batch()
+    """Sizes of one step."""
+    loss: Loss = Loss()
+    """Terms and weights."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak; linear warm-up, then cosine decay to a tenth."""
+    shared_prefix: bool = True
+    """Compute the constant prompt once a chunk instead of once a text; false only for measuring what that saves."""
     save_every: int = Field(default=100, gt=0)
     """Steps between checkpoints to resume from."""
     keep: int = Field(default=2, gt=0)
     """Checkpoints kept."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines."""
-    report_to: list[str] = []
-    """Also log to tensorboard, trackio or wandb."""
-    seed: int = Field(default=0, ge=0)
-    """Of data order and initialisation."""
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

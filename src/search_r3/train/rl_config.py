@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from search_r3.environment.config import EnvironmentConfig
-from search_r3.train.config import STAGE_1, Dev, Lora, Strict, read_yaml
+from search_r3.train.config import STAGE_1, Run, Strict, read_yaml
 
 
 class Corpus(Strict):
@@ -108,8 +108,8 @@ class Guards(Strict):
     """halve: the learning rate, each time; stop: save and end."""
 
 
-class RLRecipe(Strict):
-    """A run of reinforcement."""
+class RLRecipe(Run):
+    """A run of reinforcement: the keys of `Run`, and these."""
 
     elsewhere = dict.fromkeys(("batch", "loss", "shared_prefix", "teacher"), STAGE_1)
 
@@ -117,10 +117,6 @@ class RLRecipe(Strict):
     """The stage-1 policy: a folder or a hub name with an embedding token."""
     sources: list[Corpus] = Field(min_length=1)
     """What is searched; all of them form one corpus."""
-    held_out: list[str] = Field(default_factory=list)
-    """BEIR folders; their test queries and relevant documents are dropped from queries, corpus and judgements."""
-    steps: int = Field(gt=0)
-    """Optimiser steps, each on fresh rollouts."""
     group: Group = Group()
     """Sizes of one step."""
     reward: Reward = Reward()
@@ -139,22 +135,8 @@ class RLRecipe(Strict):
     """Of the copy of the policy that decodes rollouts and encodes documents."""
     guards: Guards = Guards()
     """When to stop."""
-    lora: Lora | None = Lora()
-    """Adapters on all linear layers; the embedding token's row stays. null trains all weights."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak; linear warm-up, then constant."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of training; see `Recipe.precision`."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    dev: Dev = Dev()
-    """Test while training."""
     save_every: int = Field(default=20, gt=0)
     """Steps between checkpoints to resume from."""
     keep: int = Field(default=2, gt=1)
@@ -163,10 +145,6 @@ class RLRecipe(Strict):
     """Steps between log lines."""
     table_every: int = Field(default=10, gt=0)
     """Steps between tables of rollouts (rollouts.jsonl)."""
-    report_to: list[str] = Field(default_factory=list)
-    """Also log to tensorboard, trackio or wandb."""
-    seed: int = Field(default=0, ge=0)
-    """Of data order, rollouts (but for backend vllm, which seeds itself) and initialisation."""
 
     @model_validator(mode="after")
     def _possible(self) -> RLRecipe:

@@ -98,7 +98,9 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
-    began = {name: before[name] for name in ("versions", "commit", "base") if name in before}
+        if any(line.startswith("teacher was") for line in changed):
+            before.pop("teacher_sha256", None)
+    began = {name: before[name] for name in ("versions", "commit", "base", "teacher_sha256") if name in before}
     write_json(path, {"stage": stage, "recipe": new, "data": data, **began, **notes})
 
 
@@ -155,12 +157,17 @@ def load_model(name: str, output: Path) -> tuple[PreTrainedModel, PreTrainedToke
         "data": [stage.data for stage in manifest.training],
         "prompts": manifest.prompts.model_dump(mode="json"),
     }
-    record = json.loads((output / RUN).read_text(encoding="utf-8"))
-    if "base" not in record:
-        write_json(output / RUN, record | {"base": base})
-    elif record["base"] != base:
-        raise TrainingError(f"{output}: {name} has other weights or prompts than when this run began; restore them")
+    remember(output, "base", base, f"{name} has other weights or prompts")
     return loaded
+
+
+def remember(output: Path, key: str, value: Any, otherwise: str) -> None:
+    """Note in run.json what a run began with. otherwise: what it means if it began with another, a TrainingError."""
+    record = json.loads((output / RUN).read_text(encoding="utf-8"))
+    if key not in record:
+        write_json(output / RUN, record | {key: value})
+    elif record[key] != value:
+        raise TrainingError(f"{output}: {otherwise} than when this run began; restore them")
 
 
 def sharded(accelerator: Accelerator) -> bool:

@@ -40,6 +40,7 @@ from search_r3.train.run import (
     lighten,
     load_model,
     lora_config,
+    remember,
     shared_arguments,
     under_fsdp,
 )
@@ -101,6 +102,8 @@ def train(
         if state.is_main_process:
             dropped = {"dropped": dict(prepared.dropped.counts), "samples": prepared.dropped.samples}
             claim(output, "sft", recipe, fingerprint(prepared.sources), dropped, resume, change)
+            if teacher:
+                remember(output, "teacher_sha256", teacher.sha256(), f"teacher {recipe.teacher} has other weights")
         model, tokenizer, manifest = load_model(recipe.model, output)
         last = latest(output)
     torch.manual_seed(recipe.seed)

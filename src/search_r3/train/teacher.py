@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +13,32 @@ from search_r3.errors import TrainingError
 from search_r3.extras import need
 from search_r3.model.checkpoint import quiet
 
-Teacher = Callable[[Sequence[str], Sequence[str]], Tensor]
-"""B queries and C documents -> (B + C, D) float32, unit rows."""
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 MINILM = "minilm"  # what the evaluation calls it
+
+
+class Teacher:
+    """Called with B queries and C documents, it gives (B + C, D) float32, unit rows."""
+
+    def __init__(self, model: SentenceTransformer):
+        self.model = model
+
+    def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> Tensor:
+        parts = [
+            encode(list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+            for encode, texts in ((self.model.encode_query, queries), (self.model.encode_document, documents))
+        ]
+        return torch.cat(parts).float()
+
+    def sha256(self) -> str:
+        """Of its weights."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
 
 def load_teacher(name: str, device: torch.device) -> Teacher:
@@ -43,11 +68,4 @@ def load_teacher(name: str, device: torch.device) -> Teacher:
             "sentence-transformers, or make one of a checkpoint of ours with search-r3 export"
         )
 
-    def encode(queries: Sequence[str], documents: Sequence[str]) -> Tensor:
-        parts = [
-            act(list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-            for act, texts in ((model.encode_query, queries), (model.encode_document, documents))
-        ]
-        return torch.cat(parts).float()
-
-    return encode
+    return Teacher(model)
