@@ -5,7 +5,7 @@ import pytest
 
 from search_r3.errors import DataError, TrainingError
 from search_r3.train.config import read_recipe
-from search_r3.train.data import fingerprint, load_examples, plan, read_held_out
+from search_r3.train.data import HeldOut, fingerprint, key, load_examples, plan, read_held_out
 from search_r3.train.rl_config import read_rl_recipe
 from tests.train.conftest import RECIPE, write_set
 
@@ -67,6 +67,10 @@ def test_titles_are_queries_for_their_documents_bodies(root):
         ("b", "Okra", "How to cook it."),
     ]
     assert {e.relevant for e in examples} == {frozenset("ab")}  # the other page of that title is no negative
+    tested = HeldOut({}, {key("Okra A plant."): "test"})  # the same page without a title of its own
+    (examples,), dropped = load_examples(recipe_for("sources=[{path: titled, titles: true}]").sources, tested, root)
+    assert [e.id for e in examples] == ["b"]
+    assert dropped.counts == {"positive is in test": 1}
     with pytest.raises(TrainingError, match=r"titled: negatives and thoughts belong to queries"):
         recipe_for("sources=[{path: titled, titles: true, thoughts: t.jsonl}]")
     (root / "records.jsonl").write_text('{"query": "a", "positive": "p"}\n')

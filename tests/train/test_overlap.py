@@ -44,6 +44,19 @@ def test_every_kind_of_overlap_is_found_and_only_once(root):
     assert (found.positive, found.negative, found.shared_run) == (["h0"], ["h1"], ["h2"])
 
 
+def test_a_title_for_a_query_hides_nothing_of_its_document(root):
+    titled = root / "titled"
+    (titled / "qrels").mkdir(parents=True)
+    (titled / "corpus.jsonl").write_text('{"_id": "d", "title": "Tar", "text": "packs files"}\n')
+    (titled / "queries.jsonl").write_text('{"_id": "q", "text": "a query"}\n')
+    (titled / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    folder = held(root, ["Tar packs files"], ["other"])
+    for sources in ("{path: titled, titles: true}", "{path: titled}, {path: titled, titles: true}"):
+        recipe = read_recipe(RECIPE, [f"sources=[{sources}]"])
+        examples, _ = load_examples(recipe.sources, read_held_out([], root), root)
+        assert overlaps(examples, [folder])["held"].positive == ["h0"]
+
+
 def test_twelve_words_in_a_row_are_not_enough(root):
     folder = held(root, [LONG.rsplit(" ", 2)[0]], ["other"])
     assert overlaps(prepared(root), [folder])["held"].shared_run == []

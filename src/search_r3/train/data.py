@@ -27,14 +27,14 @@ class Passage:
     id: str
     """Unique within its source."""
     text: str
-    """Title and body, as it is embedded."""
-    body: str = field(default="", repr=False)
-    """Without the title, where it has one."""
+    """As it is embedded: title and body, or the body alone where the title is the query."""
+    other: str = field(default="", repr=False)
+    """The other of the two, where it has a title."""
 
     @property
     def keys(self) -> set[str]:
         """Its `key` with title and without."""
-        return {key(text) for text in (self.text, self.body) if text}
+        return {key(text) for text in (self.text, self.other) if text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def _from_titles(source: Source, root: Path, dropped: Dropped) -> Iterator[Examp
     bodies: dict[str, list[Passage]] = {}
     for document in _documents(root / source.path, dropped):
         if document.title and document.title != document.text:
-            bodies.setdefault(document.title, []).append(Passage(document.id, document.text))
+            bodies.setdefault(document.title, []).append(Passage(document.id, document.text, document.content))
     for title, passages in bodies.items():
         relevant = frozenset(passage.id for passage in passages)
         for passage in passages:

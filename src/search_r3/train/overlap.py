@@ -41,18 +41,16 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
     """By test set; see `Overlap`. Raises DataError for a folder that is not a data set."""
     asked: set[str] = set()
     words: set[frozenset[str]] = set()
-    positives: set[tuple[str, str]] = set()
-    negatives: set[tuple[str, str]] = set()
-    passages: dict[tuple[str, str], Passage] = {}
+    positives: set[Passage] = set()
+    negatives: set[Passage] = set()
     for source in sources:
         for example in source:
             asked.add(key(example.query))
             words.add(_bag(example.query))
-            positives.add((example.source, example.positive.id))
-            negatives.update((example.source, passage.id) for passage in example.negatives)
-            passages |= {(example.source, passage.id): passage for passage in (example.positive, *example.negatives)}
+            positives.add(example.positive)
+            negatives.update(example.negatives)
     by_role = {"positive": positives, "negative": negatives}
-    known = {role: {k for name in names for k in passages[name].keys} for role, names in by_role.items()}
+    known = {role: {k for passage in found for k in passage.keys} for role, found in by_role.items()}
     collections = {collection.name: collection for collection in load_all(folders, split)}
     result: dict[str, Overlap] = {}
     runs: dict[tuple[str, ...], set[tuple[str, str]]] = {}
@@ -73,7 +71,8 @@ def overlaps(sources: Sequence[Sequence[Example]], folders: Sequence[Path], spli
             if not exact:
                 for run in _runs(document.content):
                     runs.setdefault(run, set()).add((name, document.id))
-    shared = {owner for passage in passages.values() for run in _runs(passage.text) for owner in runs.get(run, ())}
+    texts = {max(passage.text, passage.other, key=len) for passage in positives | negatives}
+    shared = {owner for text in texts for run in _runs(text) for owner in runs.get(run, ())}
     for name, found in sorted(shared):
         result[name].shared_run.append(found)
     return result
