@@ -89,7 +89,7 @@ class RetrievalGRPOTrainer(GRPOTrainer):
         return {
             "prompt_ids": [prefix + tail for tail in tails],
             "completion_ids": [list(episode.reasoned.token_ids) for episode in found.episodes],
-            # TRL corrects for the sampler's probabilities with vLLM only; ours are the policy's own.
+            # TRL reads the sampler's probabilities with vLLM only; ours are put in below.
             "logprobs": [list(e.reasoned.logprobs) for e in found.episodes] if self.use_vllm else None,
             "given_reward": rewards,
         }
@@ -214,9 +214,19 @@ class RetrievalGRPOTrainer(GRPOTrainer):
     # --- loss ---------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL shuffles the rollouts of a step; the number of each goes along."""
+        """TRL shuffles the rollouts of a step; the number of each goes along, and how probable its decoder found it.
+
+        The old policy is the one that wrote, with weights merged and rounded as the decoder has them, so that the ratio
+        and its clipping correct for that.
+        """
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        output["rollout"] = torch.arange(len(output["advantages"]), device=output["advantages"].device)
+        ids = output["completion_ids"]
+        output["rollout"] = torch.arange(len(ids), device=ids.device)
+        if self.recipe.backend == "ours":
+            assert self.rollouts is not None
+            written = [torch.tensor(episode.reasoned.logprobs) for episode in self.rollouts.episodes]
+            padded = pad_sequence(written, batch_first=True).to(ids.device)
+            output["old_per_token_logps"] = torch.nn.functional.pad(padded, (0, ids.shape[1] - padded.shape[1]))
         if self._unscorable:
             raise TrainingError(
                 f"step {self.state.global_step + 1}: no rollout could be scored (all rewards are None); nothing was "

@@ -73,8 +73,8 @@ class Objective(Strict):
     variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """TRL's `loss_type`."""
     clip: float = Field(default=0.2, gt=0)
-    """Of the probability ratio, downwards. Rollouts are those of the very weights that are updated, so the ratio is 1
-    but for rounding, and nothing is clipped."""
+    """Of the probability ratio, downwards: of a token to the policy in training and to the copy that wrote it, which
+    has the same weights in `rollout_precision`. With backend trl the ratio is 1."""
     clip_high: float = Field(default=0.28, gt=0)
     """Upwards."""
     scale: Literal["group", "batch", "none"] = "group"
