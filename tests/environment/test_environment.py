@@ -11,6 +11,7 @@ from search_r3.environment.drift import fit_drift
 from search_r3.environment.evolving import best_columns
 from search_r3.environment.freshness import POLICIES
 from search_r3.environment.graph import EvolvingGraph
+from search_r3.environment.outcome import make_outcome
 from search_r3.errors import CheckpointError, DataError, StoreError
 from search_r3.records import Document
 
@@ -97,9 +98,9 @@ def test_an_outcome_tells_what_a_reward_needs():
     second = outcome.relevant[1]
     by_hand = 2 * 1.0 + (1 + second.similarity) / 2 / np.log2(1 + second.rank)
     assert dcg(outcome) == pytest.approx(by_hand / (2 + 1 / np.log2(3)), abs=1e-6)
-    twins = replace(outcome, relevant=tuple(Relevant(name, 1, 1, 1.0, True) for name in "ab"))
+    twins = replace(outcome, relevant=tuple(Relevant(name, 1, 1, 1.0) for name in "ab"))
     assert dcg(twins) == pytest.approx(1)
-    lower = replace(outcome, relevant=tuple(Relevant(name, 1, 3, 1.0, True) for name in "ab"))
+    lower = replace(outcome, relevant=tuple(Relevant(name, 1, 3, 1.0) for name in "ab"))
     assert dcg(lower) == pytest.approx((1 / 2 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
 
 
@@ -417,20 +418,62 @@ def test_audits_on_schedule_hold_a_bound_and_say_when_they_cannot():
         EnvironmentConfig(error_bound=0.1)
 
 
+def share(encoder, rank, world, documents):
+    """What one process gives to the others."""
+    given = []
+
+    def gather(mine):
+        given.extend(mine)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ShardedEncoder(encoder, rank, world, gather).encode_documents(documents)
+    return given[0]
+
+
 def test_processes_share_an_encoding():
     encoder, documents = Moving(), DOCUMENTS[:7]
-    shares = [encoder.encode_documents(documents[rank::3]) for rank in range(3)]
+    shares = [share(encoder, rank, 3, documents) for rank in range(3)]
     for rank in range(3):
-        calls = []
-        sharded = ShardedEncoder(encoder, rank, 3, lambda mine, calls=calls: calls.append(mine) or shares)
+        np.testing.assert_array_equal(shares[rank][1], encoder.encode_documents(documents[rank::3]))
+        sharded = ShardedEncoder(encoder, rank, 3, lambda mine: shares)
         np.testing.assert_array_equal(sharded.encode_documents(documents), encoder.encode_documents(documents))
-        np.testing.assert_array_equal(calls[0][0], shares[rank])
-    alone = ShardedEncoder(encoder, 0, 2, lambda mine: [*mine, np.empty((0, 0), np.float32)])
+    other = share(encoder, 1, 2, documents[:1])
+    alone = ShardedEncoder(encoder, 0, 2, lambda mine: [*mine, other])
     assert alone.encode_documents(documents[:1]).shape == (1, WIDTH)
+    other = share(encoder, 1, 2, documents)
     with pytest.raises(RuntimeError, match="process 0: broken"):
-        ShardedEncoder(Failing(ValueError), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
+        ShardedEncoder(Failing(ValueError), 0, 2, lambda mine: [*mine, other]).encode_documents(documents)
     with pytest.raises(DataError, match="process 0: broken"):  # what a user can mend stays that
-        ShardedEncoder(Failing(CheckpointError), 0, 2, lambda mine: [*mine, shares[1]]).encode_documents(documents)
+        ShardedEncoder(Failing(CheckpointError), 0, 2, lambda mine: [*mine, other]).encode_documents(documents)
+    with pytest.raises(DataError, match="the processes want different documents encoded"):
+        ShardedEncoder(encoder, 0, 2, lambda mine: [*mine, other]).encode_documents(documents[::-1])
+
+
+def test_a_refresh_of_an_index_that_was_replaced_stores_nothing(tmp_path):
+    encoder = Moving()
+    environment = RetrievalEnvironment(DOCUMENTS, QRELS, encoder, folder=tmp_path)
+    environment.reset()
+    names, vectors = rollouts(encoder)
+    environment.step(names, vectors)
+
+    class Late:
+        def encode_documents(self, documents):
+            found = encoder.encode_documents(documents)
+            environment.reset(model_step=5)
+            return -found
+
+    assert environment.refresh(Late()) == 0
+    np.testing.assert_allclose(environment.index.vectors, encoder.encode_documents(DOCUMENTS), atol=1e-6)
+
+
+def test_one_vector_of_everything_finds_nothing_first():
+    outcome = make_outcome(
+        "q", DOCUMENTS[:10], (np.array([4, 8]), np.array([1, 1])), np.arange(10), np.full(10, 0.5, np.float32),
+        np.ones(10), 3,
+    )  # fmt: skip
+    assert [(found.id, found.rank) for found in outcome.relevant] == [(DOCUMENTS[4].id, 5), (DOCUMENTS[8].id, 9)]
+    assert outcome.ranking == tuple(document.id for document in DOCUMENTS[:3])
 
 
 class Failing:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from search_r3 import SearchR3
 from search_r3.environment import Outcome, Relevant
 from search_r3.errors import CheckpointError, StoreError, TrainingError
+from search_r3.model.checkpoint import read_manifest
 from search_r3.records import Episode, Reasoned, Status
 from search_r3.train import rewards
 from search_r3.train.grpo import RetrievalGRPOTrainer, arguments
@@ -89,10 +90,20 @@ def first_step(recipe, root, output, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["dapo", "grpo"])
 def test_accumulation_changes_no_gradient(rl, root, tmp_path, monkeypatch, variant):
-    whole, parts = (
-        first_step(rl(group={"micro": micro}, objective={"variant": variant}), root, tmp_path / str(micro), monkeypatch)
-        for micro in (8, 1)
-    )
+    lengths = set()
+    note = RetrievalGRPOTrainer._note
+
+    def first(micro):
+        def see(self, found):
+            lengths.update(len(episode.reasoned.token_ids) for episode in found.episodes)
+            note(self, found)
+
+        recipe = rl(group={"micro": micro, "reasoning_tokens": 60}, objective={"variant": variant})
+        monkeypatch.setattr(RetrievalGRPOTrainer, "_note", see)
+        return first_step(recipe, root, tmp_path / str(micro), monkeypatch)
+
+    whole, parts = first(8), first(1)
+    assert len(lengths) > 1  # or what the loss is divided by would not matter
     assert whole.keys() == parts.keys()
     assert len(whole) > 10
     scale = max(value.abs().max().item() for name, value in whole.items() if name != "loss")
@@ -109,6 +120,20 @@ def test_variants_that_differ_in_clipping_agree_on_fresh_rollouts(rl, root, tmp_
     scale = max(value.abs().max().item() for name, value in one.items() if name != "loss")
     for name in one.keys() - {"loss"}:
         torch.testing.assert_close(other[name], one[name], atol=2e-5 * scale, rtol=0)
+
+
+def test_what_the_decoder_rounds_is_clipped(rl, root, tmp_path, monkeypatch):
+    def first(precision, clip):
+        recipe = rl(objective={"clip": clip, "clip_high": clip, "info_nce": 0}, rollout_precision=precision)
+        return first_step(recipe, root, tmp_path / f"{precision}-{clip}", monkeypatch)
+
+    def apart(one, other):
+        names = one.keys() - {"loss"}
+        scale = max(one[name].abs().max().item() for name in names)
+        return max((one[name] - other[name]).abs().max().item() for name in names) / scale
+
+    assert apart(first("float32", 0.2), first("float32", 1e-3)) < 1e-4
+    assert apart(first("bfloat16", 0.2), first("bfloat16", 1e-3)) > 0.1
 
 
 def test_the_packed_pass_agrees_with_the_rollout_and_with_trl(rl, root, tmp_path, monkeypatch):
@@ -226,7 +251,7 @@ def test_a_killed_run_resumes_to_the_same_curve(rl, root, tmp_path):
 
 
 def test_two_processes_equal_one(rl, root, tmp_path):
-    recipe = rl(environment={"policy": "frozen"})
+    recipe = rl(environment={"policy": "frozen"}, group={"reasoning_tokens": 60})  # of several lengths
     single = run(recipe, root, tmp_path / "one")
     done = run_on_two(recipe, root, tmp_path / "two", "search_r3", "rl", timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -306,8 +331,9 @@ def test_an_end_of_another_recipe_is_not_kept(rl, root, tmp_path):
     other = shutil.copytree(rl().model, tmp_path / "other")
     with pytest.raises(TrainingError, match=r"model was .*, is .*other: .* start anew"):
         run(rl(model=str(other)), root, tmp_path / "run", resume=True, change=True)
-    run(rl(steps=6), root, tmp_path / "run", resume=True, change=True)
-    after = weights(tmp_path / "run" / "model")
+    model = run(rl(steps=6), root, tmp_path / "run", resume=True, change=True)
+    assert read_manifest(model).training[-1].changes == ("from checkpoint-4: steps was 4, is 6",)
+    after = weights(model)
     assert any((before[name] != after[name]).any() for name in before)
 
 
@@ -452,8 +478,8 @@ def episode(tokens=10, status=Status.FINISHED, text="words", limit=20):
 
 
 def outcome(rank, similarity=0.5, negative=0.4, corpus=100):
-    relevant = (Relevant("d", 1, rank, similarity, True),) if rank else ()
-    return Outcome("q", ("d",), np.array([similarity], np.float32), relevant, negative, corpus, 1.0)
+    relevant = (Relevant("d", 1, rank, similarity),) if rank else ()
+    return Outcome("q", ("d",), np.array([similarity], np.float32), relevant, negative, corpus)
 
 
 def test_rewards_by_hand():

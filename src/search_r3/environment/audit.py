@@ -150,8 +150,8 @@ def examine(
         name = query_ids[member]
 
         def earned(rows: np.ndarray, line: np.ndarray, weights: np.ndarray, name: str = name) -> float | None:
-            k, true = min(subject.k, len(rows)), np.ones(len(rows), bool)
-            return reward(make_outcome(name, subject.documents, subject.relevant[name], rows, line, weights, true, k))
+            k = min(subject.k, len(rows))
+            return reward(make_outcome(name, subject.documents, subject.relevant[name], rows, line, weights, k))
 
         told, all_stored = reward(given[member]), earned(everything, was, one)
         sampled, true = earned(rows, was[rows], weights), earned(rows, now, weights)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +23,8 @@ class Encoder(Protocol):
 class ShardedEncoder:
     """Several processes with the same model share one encoding; every one of them gets all vectors.
 
-    Every process must ask for the same documents in the same order, as environments do that see the same steps.
+    Every process must ask for the same documents in the same order, as environments do that see the same steps and
+    refresh nothing besides; DataError where they do not.
 
     encoder: this process's own. rank, world: its number and how many there are. gather: collects one object of each
     process, in the order of their ranks, on all of them (`accelerate.utils.gather_object`).
@@ -32,7 +35,7 @@ class ShardedEncoder:
         encoder: Encoder,
         rank: int,
         world: int,
-        gather: Callable[[list[np.ndarray | Exception]], list[np.ndarray | Exception]],
+        gather: Callable[[list[Any]], list[Any]],
     ):
         self.encoder, self.rank, self.world, self.gather = encoder, rank, world, gather
 
@@ -45,10 +48,12 @@ class ShardedEncoder:
         except Exception as error:  # the others wait in gather: tell them instead of leaving
             kind = DataError if isinstance(error, SearchR3Error) else RuntimeError
             mine = kind(f"encoding failed on process {self.rank}: {error}")
-        shares = self.gather([mine])
-        if failed := [share for share in shares if isinstance(share, Exception)]:
+        asked = hashlib.sha256(json.dumps([document.id for document in documents]).encode()).hexdigest()
+        everyone, parts = zip(*self.gather([(asked, mine)]), strict=True)
+        if failed := [part for part in parts if isinstance(part, Exception)]:
             raise failed[0]
-        parts = [share for share in shares if isinstance(share, np.ndarray)]
+        if len(set(everyone)) > 1:
+            raise DataError("the processes want different documents encoded; give all environments the same steps")
         vectors = np.empty((len(documents), max(part.shape[1] for part in parts)), np.float32)
         for number, part in enumerate(parts):
             if len(part):

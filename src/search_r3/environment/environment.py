@@ -22,7 +22,7 @@ from search_r3.environment.calibration import Calibration, fit_calibration
 from search_r3.environment.config import EnvironmentConfig
 from search_r3.environment.drift import Drift, fit_drift
 from search_r3.environment.encoder import Encoder
-from search_r3.environment.evolving import NEVER, EvolvingIndex
+from search_r3.environment.evolving import EvolvingIndex
 from search_r3.environment.freshness import POLICIES, by_priority, within_budget
 from search_r3.environment.graph import EvolvingGraph
 from search_r3.environment.outcome import Outcome, dcg, groups_of, make_outcome
@@ -108,6 +108,7 @@ class RetrievalEnvironment:
         self._lock = threading.RLock()
         self._worker: ThreadPoolExecutor | None = None
         self._rng = np.random.default_rng(self.config.seed)
+        self._refresh_rng = np.random.default_rng([self.config.seed, 1])  # whenever it is, steps draw the same
 
     def reset(self, model_step: int = 0) -> None:
         """Encode the whole corpus with the current model."""
@@ -128,7 +129,7 @@ class RetrievalEnvironment:
     def ages(self) -> np.ndarray:
         """(N,) int64: model steps since each row was encoded."""
         index = self.ready()
-        found: np.ndarray = np.where(index.encoded == NEVER, self.model_step + 1, self.model_step - index.encoded)
+        found: np.ndarray = self.model_step - index.encoded  # of what never was, -1, one more than can be
         return found
 
     def step(self, query_ids: Sequence[str], vectors: np.ndarray, model_step: int | None = None) -> list[Outcome]:
@@ -221,11 +222,12 @@ class RetrievalEnvironment:
 
         The model step of the rows is that at the call. Encoding holds no lock, so `step` goes on meanwhile; a row
         that `step` has written newer in the meantime keeps the newer vector, and the others get its drift corrections.
+        Where the index was replaced meanwhile, by `reset` or `load_state_dict`, nothing is stored.
         """
         index = self.ready()
         with self._lock:
             now = self.model_step
-            jitter = self._rng.random(len(index))
+            jitter = self._refresh_rng.random(len(index))
             rows = by_priority(np.ones(len(index)) + 1e-9 * jitter, self.ages, self.lengths)
             rows = within_budget(rows, self.lengths, self.budget)
             ticket, moves = object(), list[Drift]()
@@ -235,7 +237,7 @@ class RetrievalEnvironment:
             with self._lock:
                 for move in moves:
                     vectors = move(vectors)
-                older = index.encoded[rows] < now
+                older = (index.encoded[rows] < now) & (self.index is index)
                 index.write(rows[older], vectors[older], now)
         finally:
             with self._lock:
@@ -276,11 +278,7 @@ class RetrievalEnvironment:
             )
         vectors, encoded = np.asarray(state["vectors"]), np.asarray(state["encoded"])
         newest = np.argsort(-encoded, kind="stable")[:PROBES]
-        present, self.index = self.index, None
-        try:
-            now = self._vectors(newest)
-        finally:
-            self.index = present
+        now = np.asarray(self.encoder.encode_documents([self.documents[row] for row in newest]), np.float32)
         if vectors.shape != (len(self.documents), now.shape[1]):
             raise StoreError(
                 f"this environment state holds vectors {vectors.shape}, the model makes {now.shape[1]} components"
@@ -425,7 +423,6 @@ class RetrievalEnvironment:
                     rows,
                     line,
                     weights,
-                    ages[rows] == 0,
                     min(self.config.k, len(rows)),
                 )
         return [outcomes[number] for number in range(len(query_ids))]

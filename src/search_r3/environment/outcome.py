@@ -21,11 +21,9 @@ class Relevant:
     grade: int
     """Its judged relevance; above 0."""
     rank: int
-    """1 + how many documents of the ranked corpus score higher; never truncated."""
+    """1 + how many documents of the ranked corpus score higher, or the same and stand before it; never truncated."""
     similarity: float
     """Its cosine with the rollout's vector."""
-    fresh: bool
-    """Whether its vector was computed in this very step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +42,6 @@ class Outcome:
     """Highest cosine of a document that is not relevant; -inf where there is none."""
     corpus: int
     """How many documents were ranked."""
-    fresh: float
-    """Share of `ranking` whose vectors were computed in this very step."""
 
 
 def make_outcome(
@@ -55,13 +51,12 @@ def make_outcome(
     rows: np.ndarray,
     scores: np.ndarray,
     weights: np.ndarray,
-    fresh: np.ndarray,
     k: int,
 ) -> Outcome:
     """The outcome of one rollout among some rows of the corpus, each of which stands for `weights` documents.
 
     relevant: rows and grades of the query's relevant documents. rows: (n,) ascending, every relevant one among them.
-    scores, weights, fresh: (n,), of these rows.
+    scores, weights: (n,), of these rows.
     """
     numbers, grades = relevant
     places = np.searchsorted(rows, numbers)
@@ -71,7 +66,6 @@ def make_outcome(
             int(grade),
             round(weighted_rank(scores, weights, at)),
             float(scores[at]),
-            bool(fresh[at]),
         )
         for at, grade in zip(places, grades, strict=True)
     ]
@@ -85,13 +79,17 @@ def make_outcome(
         tuple(sorted(found, key=lambda r: r.rank)),
         float(others.max()),
         round(float(weights.sum())),
-        float(fresh[top].mean()),
     )
 
 
 def weighted_rank(scores: np.ndarray, weights: np.ndarray, row: int | np.intp) -> float:
-    """1 + how many documents score higher than `row`, each of weight; scores, weights: (n,)."""
-    return 1 + float(weights[scores > scores[row]].sum())
+    """1 + how many documents stand before `row`: score higher, or the same at a lower place; scores, weights: (n,).
+
+    A model that makes one vector of everything must not find everything first.
+    """
+    before = scores > scores[row]
+    before[:row] |= scores[:row] == scores[row]
+    return 1 + float(weights[before].sum())
 
 
 def dcg(outcome: Outcome) -> float:
@@ -99,10 +97,11 @@ def dcg(outcome: Outcome) -> float:
 
     In [0, 1]. The reward nearest to that of Search-R3 (arXiv 2510.07048).
     """
-    # Equal scores share no rank.
+    # Places that rounding made one share no rank; a calibrated cosine can lie a little above 1.
     ranks = accumulate((r.rank for r in outcome.relevant), lambda last, rank: max(last + 1, rank))
     gained = sum(
-        r.grade * (1 + r.similarity) / 2 / np.log2(1 + rank) for r, rank in zip(outcome.relevant, ranks, strict=True)
+        r.grade * (1 + min(r.similarity, 1.0)) / 2 / np.log2(1 + rank)
+        for r, rank in zip(outcome.relevant, ranks, strict=True)
     )
     grades = sorted((r.grade for r in outcome.relevant), reverse=True)
     return float(gained / sum(grade / np.log2(2 + place) for place, grade in enumerate(grades)))
