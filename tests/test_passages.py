@@ -21,6 +21,10 @@ def test_passages_cover_the_text_and_are_short_enough(text, tokens, data):
     for start, end in ranges:
         covered.update(range(start, end))
     assert all(not text[i].strip() for i in range(len(text)) if i not in covered)
+    offsets = TOKENIZER(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for start, end in ranges:
+        inside = sum(start <= first and last <= end for first, last in offsets)
+        assert inside <= tokens + 6  # a character of four bytes can be cut at either end
 
 
 def test_overlap_and_whole_documents():

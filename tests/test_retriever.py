@@ -222,6 +222,25 @@ def test_many_passages_do_not_crowd_out_documents(model, tmp_path):
         assert len(retriever.search("tar packs files", 7).hits) == 7
 
 
+def test_words_of_one_long_document_do_not_crowd_out_others(model, tmp_path):
+    def at(cosine):
+        return np.eye(1, model.dimension)[0] * cosine + np.eye(1, model.dimension, 1)[0] * np.sqrt(1 - cosine**2)
+
+    with Retriever.create(tmp_path / "index", model, splitting=Splitting(4, 0)) as retriever:
+        store = retriever.store
+        texts = [
+            "a zebra walks over a long and winding road of many plain words",
+            *(f"other text {n}" for n in range(900)),
+        ]
+        book = [(0, 15 * n, 15 * n + 15) for n in range(400)]
+        store.put([Document("book", "zebra stripes. " * 400)], book, np.stack([at(0.1)] * 400).astype(np.float32))
+        documents = [Document(str(n), text) for n, text in enumerate(texts)]
+        vectors = np.stack([at(0.5), *[at(0.51)] * 900]).astype(np.float32)
+        store.put(documents, [(n, 0, len(text)) for n, text in enumerate(texts)], vectors)
+        hits = retriever.search_vectors(np.eye(1, model.dimension, dtype=np.float32), 3, ["zebra"])[0]
+        assert hits[0].id == "0"
+
+
 def test_a_gate_reasons_over_undecided_queries_only(retriever):
     direct = retriever.search_many(TEXTS, 2)
     leads = [found.hits[0].score - found.hits[1].score for found in direct]

@@ -34,6 +34,7 @@ IndexKind = Literal["exact", "graph"] | Callable[[Store], Index]
 Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
 """From turns of the embed act (`Engine.tails`) to (N, D) float32 vectors."""
 FUSION_DEPTH = 100  # documents by vector, and half of the passages by words, that hybrid search scores
+MOST_DEPTHS = 64  # passages looked at by words for each document that is wanted
 
 
 @dataclass(slots=True)
@@ -457,22 +458,31 @@ class Retriever:
             scores, rows = index.search(vectors, depth)
             if depth >= len(index) or depth >= self.store.passages or self.store.passages == len(self.store):
                 return scores, rows
-            if all(len(self._documents(r, s, documents)) == documents for r, s in zip(rows, scores, strict=True)):
+            if all(self.store.count(found[found >= 0]) >= documents for found in rows):
                 return scores, rows
             depth *= 4
 
     def _with_words(
         self, vector: np.ndarray, rows: np.ndarray, text: str, depth: int, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows by cosine and words in common, best first, and their scores: those given, and the `depth` best by words.
+        """Rows by cosine and words in common, best first, and their scores: those given, and the best by words.
 
-        Both parts are computed for every row, whichever ranking it comes from.
+        Of these enough for `depth` documents, in reason. Both parts are computed for every row, whichever ranking it
+        comes from.
         """
         worth = self.lexical().worth(text, self.store.rows)
         if allowed is not None:
             worth *= allowed
-        best = np.argpartition(-worth, depth)[:depth] if depth < len(worth) else np.arange(len(worth))
-        candidates = np.union1d(rows[rows >= 0], best[worth[best] > 0])
+        best = np.flatnonzero(worth > 0)
+        taken, documents = depth, min(depth, len(self.store))
+        while taken < len(best):
+            first = best[np.argpartition(-worth[best], taken)[:taken]]
+            whole = self.store.passages == len(self.store)
+            if whole or taken >= MOST_DEPTHS * depth or self.store.count(first) >= documents:
+                best = first
+                break
+            taken *= 4
+        candidates = np.union1d(rows[rows >= 0], best)
         cosines = np.asarray(self.store.vectors[candidates], dtype=np.float32) @ vector
         scores = cosines + worth[candidates]
         order = np.argsort(-scores, kind="stable")

@@ -29,6 +29,7 @@ def brute(queries, vectors, alive, k):
 @pytest.mark.parametrize(("dtype", "asked"), [("float32", 7), ("float16", exact.FEW), ("float16", exact.FEW + 1)])
 def test_exact_equals_brute_force_over_any_block(rng, block, dtype, asked, monkeypatch):
     monkeypatch.setattr(exact, "BLOCK_BYTES", block)
+    monkeypatch.setattr(exact, "MANY", exact.FEW)
     vectors, queries = unit(rng, 500, 16).astype(dtype), unit(rng, asked, 16)
     alive = rng.random(500) > 0.3
     scores, rows = ExactIndex(vectors, alive).search(queries, 10)

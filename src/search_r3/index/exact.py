@@ -10,6 +10,7 @@ except ImportError:  # a part of the 'graph' extra
     numkong = None  # type: ignore[assignment]
 
 BLOCK_BYTES = 64 << 20  # of float32 rows scored at once
+MANY = 256  # queries whose cosines with such a block are held at once
 FEW = 8  # queries that are scored faster on 16-bit rows as they are than on rows widened first
 ENLARGED = 2048  # what is left of a float32 beside its float16, in units of that one's last place
 
@@ -31,6 +32,9 @@ class ExactIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`. queries: unit rows. Equal scores are ordered by row number."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)  # (Q, D)
+        if len(queries) > MANY:
+            parts = [self.search(queries[start : start + MANY], k) for start in range(0, len(queries), MANY)]
+            return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
         count, width = self.vectors.shape
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)

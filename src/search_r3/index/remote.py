@@ -132,11 +132,11 @@ class RemoteIndex:
         rows = np.flatnonzero(store.alive)
         for part in _batches(rows[rows >= done]):
             self._upsert(part)
-        dead = np.flatnonzero(~store.alive[:done])
-        for part in _batches(dead):
-            from qdrant_client import models
+        if self.client.count(self.collection).count != store.passages:
+            for part in _batches(np.flatnonzero(~store.alive[:done])):
+                from qdrant_client import models
 
-            self.client.delete(self.collection, models.PointIdsList(points=part.tolist()), wait=True)
+                self.client.delete(self.collection, models.PointIdsList(points=part.tolist()), wait=True)
         if self.client.count(self.collection).count != store.passages:  # a copy was cut short: begin again
             self.drop()
             self._copied()

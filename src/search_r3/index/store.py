@@ -322,16 +322,19 @@ class Store:
 
     def get(self, rows: Sequence[int]) -> list[Passage]:
         """The passages of these rows, in the order asked."""
-        found: dict[int, Passage] = {}
-        query = (
-            "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document WHERE row"
-        )
+        query = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
+        found = {record[0]: _passage(record) for record in self._of_rows(query, rows)}
+        return [found[row] for row in rows if row in found]
+
+    def count(self, rows: Sequence[int] | np.ndarray) -> int:
+        """How many documents these rows belong to."""
+        return len({name for (name,) in self._of_rows("SELECT document FROM passages", rows)})
+
+    def _of_rows(self, query: str, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Any, ...]]:
         with self._errors():
             for start in range(0, len(rows), 500):
                 part = [int(row) for row in rows[start : start + 500]]
-                for record in self._db.execute(f"{query} IN ({','.join('?' * len(part))})", part):
-                    found[record[0]] = _passage(record)
-        return [found[row] for row in rows if row in found]
+                yield from self._db.execute(f"{query} WHERE row IN ({','.join('?' * len(part))})", part)
 
     def scan(self) -> Iterator[tuple[int, Passage]]:
         """All passages with their rows, in order of row, streamed."""
@@ -359,13 +362,14 @@ class Store:
             equal = f"{plain} IN ({','.join('?' * len(values))})"
             with self._errors():
                 rows = self._db.execute(
-                    "SELECT row FROM passages JOIN documents ON documents.id = document, json_each(metadata) AS field "
-                    f"WHERE row < ? AND field.key = ? AND ({equal.format('field')} OR EXISTS (SELECT 1 FROM json_each("
-                    f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {equal.format('item')}))",
-                    [self.rows, key, *values, *values],
+                    "SELECT row FROM passages WHERE document IN ("
+                    "SELECT documents.id FROM documents, json_each(metadata) AS field "
+                    f"WHERE field.key = ? AND ({equal.format('field')} OR EXISTS (SELECT 1 FROM json_each("
+                    f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {equal.format('item')})))",
+                    [key, *values, *values],
                 ).fetchall()
             these = np.zeros_like(found)
-            these[[row for (row,) in rows]] = True
+            these[[row for (row,) in rows if row < self.rows]] = True
             found &= these
         return found
 
