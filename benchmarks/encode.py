@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from common import arguments, demo_queries, demo_texts, finish, paired
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import DEMO, load_collection
-from search_r3.evaluate.metrics import score_queries
+from search_r3.evaluate.metrics import score_matrix
 from search_r3.model.checkpoint import quiet, resolve
 from search_r3.model.search_r3 import Dtype
 
@@ -41,11 +41,7 @@ def lighter(dtype: Dtype) -> tuple[float, float]:
     started = time.perf_counter()
     documents, asked = model.encode_documents(collection.documents, max_tokens=64), model.encode_queries(queries)
     seconds = time.perf_counter() - started
-    run = {
-        query.id: {collection.documents[d].id: float(row[d]) for d in np.argsort(-row)[:100]}
-        for query, row in zip(collection.queries, asked @ documents.T, strict=True)
-    }
-    return seconds, float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
+    return seconds, float(np.mean(score_matrix(collection, asked @ documents.T)))
 
 
 def main() -> None:

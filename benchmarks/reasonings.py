@@ -22,22 +22,13 @@ import numpy as np
 
 from search_r3 import SearchR3
 from search_r3.evaluate.collection import Collection, load_collection
-from search_r3.evaluate.metrics import score_queries
+from search_r3.evaluate.metrics import score_matrix
 from search_r3.index.lexical import LexicalIndex
 from search_r3.model.prompts import SystemPrompts, render_prompts
-from search_r3.model.reasoning import mean_vectors
+from search_r3.model.reasoning import control_ids, mean_vectors
 from search_r3.records import Status
 from search_r3.retriever import fuse_vectors
 from search_r3.train.bootstrap import whole
-
-
-def score(collection: Collection, scores: np.ndarray) -> list[float]:
-    """nDCG@10 of each query. scores: (queries, documents)."""
-    run = {}
-    for query, line in zip(collection.queries, scores, strict=True):
-        run[query.id] = {collection.documents[n].id: float(line[n]) for n in np.argsort(-line)[:100]}
-    found = score_queries(collection.judgements, run)["nDCG@10"]
-    return [found[query.id] for query in collection.queries]
 
 
 def others(
@@ -90,6 +81,7 @@ def main() -> None:
         if args.told:
             prompts = render_prompts(writer.engine.tokenizer, SystemPrompts(reason_system=args.told))
             writer = SearchR3.from_pretrained(args.writer, dtype="bfloat16", prompts=prompts)
+    control = control_ids(writer.engine)
     scores: dict[str, list[list[float]]] = defaultdict(list)
     lengths, forced = [], []
     for given in args.folders:
@@ -102,22 +94,22 @@ def main() -> None:
             texts, max_new_tokens=args.max_new_tokens, samples=args.samples, temperature=args.temperature,
             top_p=args.top_p, batch_rows=64,
         )  # fmt: skip
+        written = [whole(thought, control) for thought in thoughts]
         lengths += [len(thought.token_ids) for thought in thoughts]
         forced += [thought.status is Status.FORCED for thought in thoughts]
         if writer is model:
             vectors = np.stack([thought.vector for thought in thoughts])
         else:
             repeated = [text for text in texts for _ in range(args.samples)]
-            vectors = model.encode_reasoned(repeated, model.engine.plain_ids([whole(thought) for thought in thoughts]))
+            vectors = model.encode_reasoned(repeated, model.engine.plain_ids(written))
         reasoned = mean_vectors(vectors, args.samples)
         queries = {"direct": direct, "reason": reasoned, "fused": fuse_vectors(direct, reasoned, 0.5)}
         shares: dict[str, np.ndarray] = {}
         if args.others:
-            written = [whole(thought) for thought in thoughts]
             more, shares = others(model, texts, written, collection, direct, queries["fused"])
             queries |= more
         for mode, asked in queries.items():
-            scores[mode].append(score(collection, asked @ documents.T + shares.get(mode, 0)))
+            scores[mode].append(score_matrix(collection, asked @ documents.T + shares.get(mode, 0)))
         print(given, {mode: round(float(np.mean(found[-1])), 4) for mode, found in scores.items()}, flush=True)
     report = {"tokens": float(np.mean(lengths)), "forced": float(np.mean(forced))}
     without = np.concatenate(scores["direct"])

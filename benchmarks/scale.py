@@ -42,6 +42,7 @@ def measure(count: int, width: int, asked: int) -> dict[str, Any]:
         for name, dtype in (("exact", np.float32), ("half", np.float16)):
             path = Path(folder) / name
             documents.astype(dtype, copy=False).tofile(path)
+            index = None  # or its map would count as there before
             before = resident()
             index = ExactIndex(np.memmap(path, dtype, "r", shape=documents.shape))
             row[f"{name}_p50_ms"], found = singles(index, queries)

@@ -191,7 +191,18 @@ def test_empty_documents_are_left_out_and_named(tmp_path):
 
 def test_a_cut_keeps_what_is_relevant_and_not_all_that_is_judged(small):
     (small / "qrels" / "test.tsv").write_text("h\th\th\nq0\td9\t1\n" + "".join(f"q0\td{n}\t0\n" for n in range(8)))
-    assert [document.id for document in cut(load_collection(small), None, 3).documents] == ["d9", "d0", "d1"]
+    assert [document.id for document in cut(load_collection(small), None, 3).documents] == ["d0", "d1", "d9"]
+
+
+def test_the_tokens_of_a_control_are_those_that_are_read(model, small, monkeypatch):
+    read = []
+    encode = model.engine.encode
+    monkeypatch.setattr(
+        model.engine, "encode", lambda tails, act, **kw: (read.append((act, tails)), encode(tails, act, **kw))[1]
+    )
+    (result,) = evaluate(model, [small], ["control-fixed"], max_new_tokens=4, samples=3)
+    tokens = sum(len(tail) + 1 for act, tails in read if act == "reason" for tail in tails)
+    assert result.modes["control-fixed"].tokens == tokens
 
 
 def test_two_sets_of_one_name_are_refused(small, tmp_path):

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from search_r3 import SearchR3
 from search_r3.errors import CheckpointError
 from search_r3.model.checkpoint import Stage, initialise, load, save
+from search_r3.model.export import card
 from search_r3.train.average import average
 from tests.conftest import build_base
 
@@ -30,6 +32,8 @@ def test_the_mean_lies_between(checkpoint, other, tmp_path):
     for one, between in zip(before.parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(between, one + 0.25)
     assert manifest.parent.weights_sha256 == load(checkpoint)[2].weights_sha256
+    told = card(SearchR3.from_pretrained(tmp_path / "mean"))
+    assert f"`{checkpoint.parent.name}/{checkpoint.name}, averaged with {tmp_path.name}/other (weight 0.25)`" in told
 
 
 def test_the_mean_was_trained_as_both_were(other, tmp_path):

@@ -75,12 +75,17 @@ def load_all(folders: Sequence[str | Path], split: str = "test", limit: int | No
 
 
 def cut(collection: Collection, queries: int | None, documents: int | None) -> Collection:
-    """The first queries, and the documents relevant to them, then the first others up to so many; None keeps all."""
+    """The first queries, and the documents relevant to them and the first others up to so many; None keeps all.
+
+    The documents stay in their order: equal scores must not bring the relevant ones to the top.
+    """
     kept = collection.queries[:queries]
     judgements = {query.id: collection.judgements[query.id] for query in kept}
     relevant = {name for judged in judgements.values() for name, score in judged.items() if score > 0}
-    ranked = collection.documents
+    chosen = collection.documents
     if documents is not None:
-        ranked = sorted(ranked, key=lambda document: document.id not in relevant)  # stable
-        ranked = ranked[: max(documents, sum(document.id in relevant for document in ranked))]
-    return Collection(collection.name, ranked, kept, judgements, collection.skipped)
+        others = documents - sum(document.id in relevant for document in chosen)
+        rest = [document.id for document in chosen if document.id not in relevant]
+        wanted = relevant.union(rest[: max(0, others)])
+        chosen = [document for document in chosen if document.id in wanted]
+    return Collection(collection.name, chosen, kept, judgements, collection.skipped)

@@ -6,8 +6,12 @@ nDCG@10 uses the gain itself (not 2^gain - 1) and log2(1 + rank), as trec_eval d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from search_r3.evaluate.collection import Collection
 
 METRICS = ("nDCG@10", "R@100", "RR@10")
 """ir-measures' names; RR@10 averaged over queries is MRR@10."""
@@ -29,6 +33,16 @@ def score_queries(
     for value in ir_measures.iter_calc(measures, judgements, places):
         values[str(value.measure)][value.query_id] = float(value.value)
     return values
+
+
+def score_matrix(collection: Collection, scores: np.ndarray, depth: int = 100) -> list[float]:
+    """nDCG@10 of each query. scores: (queries, documents); of equal ones the first document is the better."""
+    run = {}
+    for query, line in zip(collection.queries, scores, strict=True):
+        best = np.argsort(-line, kind="stable")[:depth]
+        run[query.id] = {collection.documents[row].id: float(line[row]) for row in best}
+    found = score_queries(collection.judgements, run)["nDCG@10"]
+    return [found[query.id] for query in collection.queries]
 
 
 def _ranked(found: Ranking) -> list[str]:

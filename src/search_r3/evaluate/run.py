@@ -303,7 +303,7 @@ def _run_model(
         started = time.perf_counter()
         asked = [text for text in texts for _ in range(samples)]
         vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
-        seconds, tokens = time.perf_counter() - started, prompt_tokens + sum(map(len, stand_ins))
+        seconds, tokens = time.perf_counter() - started, samples * prompt_tokens + sum(map(len, stand_ins))
         search(mode, vectors, seconds, tokens)
         if fused:
             both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 FORMAT = 2
+AVERAGED = ", averaged with "  # between the two sources of a mean
 OURS = ("base", "default")  # made on each machine, perhaps with another rounding: their hashes are not compared
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
@@ -67,7 +68,9 @@ class Stage(BaseModel):
     stage: Literal["sft", "rl"]
     """Supervised, or reinforcement."""
     recipe: dict[str, Any]
-    """All settings."""
+    """All settings, those that it ended with."""
+    changes: tuple[str, ...] = ()
+    """What of them was changed on the way, and from which checkpoint on."""
     data: str
     """SHA-256 over the training examples."""
     parent: Parent | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 from search_r3.errors import CheckpointError
 from search_r3.files import new_folder, write_json, write_text
+from search_r3.model.checkpoint import AVERAGED
 from search_r3.model.search_r3 import SearchR3
 
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -89,7 +90,8 @@ def card(model: SearchR3, name: str = "FOLDER") -> str:
     manifest = model.manifest
     made = f"Written by search-r3 {manifest.versions['search-r3']} on {manifest.created}."
     if manifest.parent is not None:
-        name_of_parent = "/".join(Path(manifest.parent.source).parts[-2:])  # owner/name, or run/model
+        sources = manifest.parent.source.split(AVERAGED)
+        name_of_parent = AVERAGED.join("/".join(Path(one).parts[-2:]) for one in sources)  # owner/name, or run/model
         made += f"\nMade from `{name_of_parent}` (weights {manifest.parent.weights_sha256[:12]})."
     return f"""---
 library_name: sentence-transformers

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from search_r3.errors import CheckpointError
-from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
+from search_r3.model.checkpoint import AVERAGED, Manifest, Parent, load, resolve, save
 
 
 @torch.no_grad()
@@ -41,8 +41,6 @@ def average(first: str | Path, second: str | Path, output: Path, weight: float =
         manifest.prompts,
         embed_token=manifest.embed_token,
         max_tokens=manifest.max_tokens,
-        parent=Parent(
-            source=f"{first}, averaged with {second} (weight {weight:g})", weights_sha256=manifest.weights_sha256
-        ),
+        parent=Parent(source=f"{first}{AVERAGED}{second} (weight {weight:g})", weights_sha256=manifest.weights_sha256),
         training=(*manifest.training, *(run for run in other_manifest.training if run not in manifest.training)),
     )

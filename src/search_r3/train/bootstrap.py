@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import numpy as np
 from search_r3.errors import DataError
 from search_r3.evaluate.collection import Collection, cut, load_collection
 from search_r3.files import write_json, write_text
+from search_r3.model.reasoning import control_ids
 from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
-from search_r3.records import Document, Reasoned, Status
+from search_r3.records import Document, Reasoned
 from search_r3.train.data import dump
 
 ROWS = 64  # enrichments sampled, ranked and written at once
@@ -78,6 +80,7 @@ def bootstrap(
     told = (writer or model).manifest
     settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
     _check_settings(output, settings, bool(done))
+    control = control_ids((writer or model).engine)
     names = {query.id for query in collection.queries}
     todo = names - done.keys()
     if ranking and todo:
@@ -97,7 +100,7 @@ def bootstrap(
                 samples=how.samples,
                 batch_rows=ROWS,
             )
-            thoughts = [whole(sample) for sample in reasoned]
+            thoughts = [whole(sample, control) for sample in reasoned]
             long = [len(thought.split()) >= how.least_words for thought in thoughts]
             meter.advance(sum(query.id in todo for query in block), sum(len(sample.token_ids) for sample in reasoned))
             if ranking:
@@ -167,10 +170,13 @@ def _nearest(query: str, document: Document, words: int) -> str:
     return " ".join(said.split()[:words])
 
 
-def whole(sample: Reasoned) -> str:
-    """A reasoning's text; one that ran out of tokens is cut back to its last whole sentence, where it has one."""
+def whole(sample: Reasoned, control: Container[int]) -> str:
+    """A reasoning's text; one that ran out of tokens is cut back to its last whole sentence, where it has one.
+
+    control: tokens that end one, such as the end of turn, which is all that an untrained model ends with.
+    """
     text = sample.text.strip()
-    if sample.status is Status.FORCED and (ends := list(re.finditer(r"[.!?](?=\s)|\n", text + " "))):
+    if sample.token_ids[-1] not in control and (ends := list(re.finditer(r"[.!?](?=\s)|\n", text + " "))):
         return text[: ends[-1].end()].strip()
     return text
 

@@ -58,7 +58,7 @@ class Source(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters on all linear layers; the embedding token's row is trained beside them."""
+    """Low-rank adapters on all linear layers; in stage 1 the embedding token's row is trained beside them."""
 
     r: int = Field(default=16, gt=0)
     """Rank."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from search_r3.errors import CheckpointError, TrainingError
 from search_r3.evaluate.collection import Collection, cut, load_all
-from search_r3.evaluate.metrics import score_queries
+from search_r3.evaluate.metrics import score_matrix
 from search_r3.files import write_json, write_text
 from search_r3.model.checkpoint import (
     OURS,
@@ -48,6 +48,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 FINAL = "model"
 TABLE = "rollouts.jsonl"
+KEPT = ("versions", "commit", "changes", "base", "teacher_sha256")  # of run.json, when a run goes on
 STATE = "trainer_state.json"  # the Trainer writes it last
 
 
@@ -98,9 +99,12 @@ def claim(
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
+            last = latest(output)
+            since = last.name if last else "the start"
+            before["changes"] = [*before.get("changes", []), *(f"from {since}: {line}" for line in changed)]
         if any(line.startswith("teacher was") for line in changed):
             before.pop("teacher_sha256", None)
-    began = {name: before[name] for name in ("versions", "commit", "base", "teacher_sha256") if name in before}
+    began = {name: before[name] for name in KEPT if name in before}
     write_json(path, {"stage": stage, "recipe": new, "data": data, **began, **notes})
 
 
@@ -377,11 +381,4 @@ class DevTest(TrainerCallback):
         if self.dev.reason:
             thought = reason(engine, engine.tails(texts, "reason", 64), Sampling(self.dev.reason), batch_rows=64)
             vectors["_reason"] = np.stack([found.vector for found in thought])
-        found = {}
-        for mode, queries in vectors.items():
-            run = {
-                query.id: {collection.documents[n].id: float(row[n]) for n in np.argsort(-row)[:100]}
-                for query, row in zip(collection.queries, queries @ documents.T, strict=True)
-            }
-            found[mode] = float(np.mean(list(score_queries(collection.judgements, run)["nDCG@10"].values())))
-        return found
+        return {mode: float(np.mean(score_matrix(collection, q @ documents.T))) for mode, q in vectors.items()}
