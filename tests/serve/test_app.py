@@ -56,7 +56,7 @@ def test_token_input_base64_and_dimensions(client: TestClient, model: SearchR3) 
     [
         ({"input": ""}, 422, "empty"),
         ({"input": ["a", "  "]}, 422, "empty"),
-        ({"input": []}, 422, ""),
+        ({"input": []}, 422, "input: must be a text, a list of texts"),
         ({"input": "a", "dimensions": 10_000}, 422, "more than the model's"),
         ({"input": [999_999]}, 422, "check_embedding_ctx_length"),
         ({"input": [1]}, 422, "control token"),
@@ -185,6 +185,13 @@ def test_refusals(client: TestClient, path: str, body: Any, status: int) -> None
     answer = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_an_error_of_a_filter_tells_all_that_it_may_be(client: TestClient) -> None:
+    answer = client.post("/search", json={"query": "a", "filters": {"year": {"gte": 2000}}})
+    assert answer.json()["error"]["message"].startswith("filters.year: must be texts, numbers, true or false")
+    answer = client.post("/search", content=b"{", headers={"content-type": "application/json"})
+    assert answer.json()["error"]["message"].startswith("JSON decode error")
 
 
 def test_a_key_is_asked_for(retriever: Retriever) -> None:

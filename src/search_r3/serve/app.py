@@ -57,6 +57,10 @@ from search_r3.snippet import snippet
 PAGE = Path(__file__).parent / "page"
 SLICE_CHARS = 20_000  # of documents planned and stored in one step
 PING_SECONDS = 15.0
+_EITHER = {  # fields of several kinds, of which an error names one
+    "input": "must be a text, a list of texts, or lists of token numbers, and not empty",
+    "filters": "must be texts, numbers, true or false, or lists of these, by field",
+}
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
 
@@ -395,7 +399,12 @@ def _handle_errors(app: FastAPI) -> None:
             for part in first["loc"]
             if (part not in _KINDS and str(part).isidentifier()) or isinstance(part, int)
         )
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        if first["type"] == "json_invalid":
+            place = ""  # where in the text, not a field
+        told = str(first["msg"])
+        if told.startswith("Input should be a valid"):
+            told = _EITHER.get(place.split(".")[0], told)
+        message = f"{place}: {told}" if place else told
         if first["type"] == "model_attributes_type" and not place:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
         status = 400 if first["type"] == "json_invalid" else 422
