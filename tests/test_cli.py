@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from typing import ClassVar
 
 import numpy as np
@@ -115,6 +116,13 @@ def test_search_reads_queries_from_standard_input(run, indexed, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     _, output, _ = run("search", indexed, "--direct", "--json")
     assert [json.loads(line)["query"] for line in output.splitlines()] == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    _, output, _ = run("search", indexed, "--direct")
+    assert [line for line in output.splitlines() if line.startswith("?")] == ["? one", "? two"]
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, version("search-r3") + "\n")
 
 
 def test_dims_are_remembered_by_the_index(run, corpus, checkpoint, tmp_path):

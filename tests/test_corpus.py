@@ -46,12 +46,17 @@ def test_csv_tsv_and_named_fields(tmp_path):
     assert document.text == "hello"
 
 
-def test_folder_of_files(tmp_path):
-    (tmp_path / "sub").mkdir()
+def test_folder_of_files(tmp_path, caplog):
+    for name in ("sub", ".git"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "c.txt", " " if name == "sub" else "hidden")
+    write(tmp_path / ".secret.txt", "hidden")
     write(tmp_path / "sub" / "b.md", "# B")
     write(tmp_path / "a.txt", "A")
     write(tmp_path / "ignored.bin", "?")
     assert [(d.id, d.title) for d in read_documents(tmp_path)] == [("a.txt", "a"), ("sub/b.md", "b")]
+    assert "1 files of other kinds passed over (.bin)" in caplog.messages[0]
+    assert caplog.messages[1].endswith("c.txt: empty, passed over")
 
 
 def test_parquet(tmp_path):
@@ -137,7 +142,7 @@ def test_unknown_sources(tmp_path, name, message):
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(DataError, match=r"no corpus\.jsonl and no \.txt or \.md file"):
+    with pytest.raises(DataError, match=r"no corpus\.jsonl and no \.txt, \.md or \.markdown file"):
         list(read_documents(tmp_path))
 
 

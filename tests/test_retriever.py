@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -239,6 +241,36 @@ def test_words_of_one_long_document_do_not_crowd_out_others(model, tmp_path):
         store.put(documents, [(n, 0, len(text)) for n, text in enumerate(texts)], vectors)
         hits = retriever.search_vectors(np.eye(1, model.dimension, dtype=np.float32), 3, ["zebra"])[0]
         assert hits[0].id == "0"
+
+
+def test_threads_can_search_while_one_adds(retriever):
+    more = [Document(f"new{n}", f"{text} again") for n, text in enumerate(TEXTS)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(retriever.search, text, 3, hybrid=n % 2 == 0) for n, text in enumerate(TEXTS * 3)]
+        added = pool.submit(retriever.add, more, batch=2)
+        found += [pool.submit(retriever.search, text, 3) for text in TEXTS * 3]
+    assert added.result().added == len(more)
+    assert all(len(one.result().hits) == 3 for one in found)
+    assert len(retriever.store) == len(DOCUMENTS) + len(more) == retriever.store.alive.sum()
+
+
+def test_what_is_no_document_or_no_list_is_refused(retriever):
+    with pytest.raises(TypeError, match="one text was given where a list"):
+        retriever.delete("12")
+    for wrong, message in [
+        (Document(7, "seven"), "document 7: 7 is no text"),
+        ("plain", "str where a Document is needed"),
+        (Document("bad", "a\ud800"), "document 'bad': surrogates not allowed"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            retriever.add([wrong])
+    assert len(retriever.store) == len(DOCUMENTS)
+
+
+def test_numbers_of_numpy_are_numbers(retriever):
+    retriever.add([Document("n", "a text", metadata={"year": np.int64(2020), "ok": np.bool_(True)})])
+    (hit,) = retriever.search("a text", 3, where={"year": 2020, "ok": True}).hits
+    assert hit.metadata == {"year": 2020, "ok": True}
 
 
 def test_a_gate_reasons_over_undecided_queries_only(retriever):

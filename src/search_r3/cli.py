@@ -8,9 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +67,21 @@ class Engine(StrEnum):
 
     local = "local"
     ray = "ray"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("search-r3"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -161,7 +177,8 @@ def index(
         err.print(f"[yellow]skipped:[/yellow] {escape(plain(str(error)))}")
 
     documents = read_documents(corpus, Fields(id_field, text_field, title_field), skip if skip_bad else None)
-    first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
+    with _telling_of_skip_bad(skip_bad):
+        first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
     if first is None:
         raise DataError(f"{corpus}: holds no documents")
     model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
@@ -184,7 +201,8 @@ def index(
         interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
     ):
         given = watched() if delete_missing else stream()
-        report = asdict(retriever.add(given, batch=1024 if encode else None, encode=encode, progress=None))
+        with _telling_of_skip_bad(skip_bad):
+            report = asdict(retriever.add(given, batch=1024 if encode else None, encode=encode, progress=None))
         if delete_missing and bad:
             err.print("[yellow]nothing was deleted:[/yellow] records were skipped, so what is missing is not known")
         elif delete_missing:
@@ -195,6 +213,16 @@ def index(
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
         out.print(f"Search it with: search-r3 search {escape(str(folder))} --direct --hybrid")
+
+
+@contextmanager
+def _telling_of_skip_bad(given: bool) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        if given:
+            raise
+        raise DataError(f"{error} (what came before is kept; --skip-bad passes over what cannot be used)") from error
 
 
 def _encoder(
@@ -264,6 +292,8 @@ def search(
 
     with Retriever.open(folder, model, structure) as retriever:
         for text in _queries(query):
+            if query is None and not json_ and not sys.stdin.isatty():
+                out.print(Text(f"? {text}", style="bold"))
             streaming = reason and not json_ and out.is_terminal
             found = retriever.search(
                 text,

@@ -10,10 +10,12 @@ import csv
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ Located = tuple[str, Mapping[str, Any]]
 ID_FIELDS = ("_id", "id", "doc_id", "docid")
 TEXT_FIELDS = ("text", "body", "content", "contents", "passage")
 TITLE_FIELDS = ("title",)
+TEXT_FILES = (".txt", ".md", ".markdown")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ def read_records(source: str | Path, on_bad: Callable[[DataError], None] | None 
         return _table(path, "," if kind == ".csv" else "\t", on_bad)
     if kind == ".parquet" and not packed:
         return _parquet(path)
-    if kind in (".txt", ".md") and not packed:
+    if kind in TEXT_FILES and not packed:
         return _files(path.parent, [path], on_bad)
     raise DataError(
         f"{source}: unknown kind of source; use .jsonl, .csv or .tsv (or one of these as .gz), .parquet, .txt, .md, a "
@@ -288,11 +293,16 @@ def _folder(path: Path, on_bad: Callable[[DataError], None] | None) -> Iterator[
             raise bad from error
         on_bad(bad)
 
-    walked = os.walk(path, onerror=unreadable)
-    files = sorted(Path(folder, name) for folder, _, names in walked for name in names)
-    files = [file for file in files if file.suffix.lower() in (".txt", ".md")]
+    found = []
+    for folder, folders, names in os.walk(path, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if file.suffix.lower() in TEXT_FILES)
     if not files:
-        raise DataError(f"{path}: no corpus.jsonl and no .txt or .md file in this folder")
+        raise DataError(f"{path}: no corpus.jsonl and no .txt, .md or .markdown file in this folder")
+    if others := Counter(file.suffix.lower() or "no suffix" for file in found if file.suffix.lower() not in TEXT_FILES):
+        kinds = ", ".join(name for name, _ in others.most_common(5)) + (", ..." if len(others) > 5 else "")
+        logger.warning("%s: %d files of other kinds passed over (%s)", path, others.total(), kinds)
     return _files(path, files, on_bad)
 
 
@@ -308,6 +318,9 @@ def _files(root: Path, files: Iterable[Path], on_bad: Callable[[DataError], None
             if on_bad is None:
                 raise bad from None
             on_bad(bad)
+            continue
+        if not text.strip():  # or its name would be taken for its text
+            logger.warning("%s: empty, passed over", file)
             continue
         yield str(file), {"_id": file.relative_to(root).as_posix(), "title": file.stem, "text": text}
 

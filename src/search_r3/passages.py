@@ -21,6 +21,9 @@ class Splitting:
     overlap: int = 32
     """Tokens that a passage repeats from the one before."""
 
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.overlap} of them repeated" if self.tokens else "whole documents"
+
     def __post_init__(self) -> None:
         if self.tokens < 0 or not 0 <= self.overlap < max(self.tokens, 1):
             raise ValueError(f"need tokens >= 0 and 0 <= overlap < tokens, got {self}")

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from search_r3.errors import DataError, StoreError
+from search_r3.errors import DataError, StoreError, refuse_string
 from search_r3.files import given_path, new_folder
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
@@ -229,8 +229,20 @@ class Retriever:
     def plan(self, documents: Sequence[Document]) -> Plan:
         """What is to be encoded of these documents; of several with one id the last counts. Updates metadata.
 
-        Raises DataError for an empty document.
+        Raises DataError for an empty document, or one that is no text.
         """
+        for document in documents:
+            if not isinstance(document, Document):
+                raise DataError(f"{type(document).__name__} where a Document is needed: Document(id, text)")
+            for part in (document.id, document.title, document.text):
+                if not isinstance(part, str):
+                    raise DataError(f"document {document.id!r}: {part!r} is no text; id, title and text must be")
+                try:
+                    part.encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(
+                        f"document {document.id!r}: {error.reason} ({error.object[error.start]!r})"
+                    ) from None
         latest = list({document.id: document for document in documents}.values())
         known = self.store.hashes([document.id for document in latest])
         new = [document for document in latest if known.get(document.id) != content_hash(document)]
@@ -269,7 +281,11 @@ class Retriever:
         return self.model.engine.encode(tails, "embed")
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove documents; unknown ids are ignored. Returns how many were removed. Dead rows do not pile up."""
+        """Remove documents; unknown ids are ignored. Returns how many were removed. Dead rows do not pile up.
+
+        Raises TypeError for one id in place of several.
+        """
+        refuse_string(ids)
         with self.store.writing():
             removed = self.store.delete(ids)
             self._tidy()

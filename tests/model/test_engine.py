@@ -103,6 +103,17 @@ def test_control_tokens_in_text_stay_text(model):
     np.testing.assert_allclose(model.encode_documents([evil])[0], full_forward(model, evil), atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_length_of_nothing_is_refused(model, length):
+    for call in (
+        lambda: model.encode_documents(["a"], max_tokens=length),
+        lambda: model.encode_queries(["a"], max_tokens=length),
+        lambda: model.reason(["a"], max_new_tokens=length),
+    ):
+        with pytest.raises(DataError, match=f"a length of {length} tokens: must be at least 1"):
+            call()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(min_size=1, max_size=60))
 def test_any_text_embeds_or_is_refused(model, text):

@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ CREATE TABLE state (file TEXT NOT NULL, rows INTEGER NOT NULL, generation INTEGE
 
 
 _ADVICE = {  # by a part of SQLite's message
+    "closed database": "open it again",
     "full": "free some space and run again",
     "locked": "another program holds it; end that and run again",
     "readonly": "give this user the right to write there: readers take locks, too",
@@ -113,9 +115,14 @@ def content_hash(document: Document) -> bytes:
     return hashlib.sha256(json.dumps([document.title, document.text]).encode()).digest()
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays are numbers and lists; dates and the like are stored as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
 def _metadata(document: Document) -> str:
     try:
-        return json.dumps(dict(document.metadata), ensure_ascii=False, default=str, allow_nan=False)
+        return json.dumps(dict(document.metadata), ensure_ascii=False, default=_plain, allow_nan=False)
     except ValueError as error:
         raise StoreError(f"document {document.id!r}: metadata cannot be stored ({error}); mend or remove it") from error
 
@@ -131,6 +138,7 @@ class Store:
         self._dtype = np.dtype(manifest.dtype)
         self._stride = manifest.dimension * self._dtype.itemsize
         self._lock: IO[str] | None = None
+        self._writing, self._access = threading.RLock(), threading.RLock()  # of threads: one writes; one at the records
         self._counted = (-1, 0)  # generation, documents
         with self._errors():
             self._db = sqlite3.connect(folder / "records.sqlite", isolation_level=None, check_same_thread=False)
@@ -247,7 +255,7 @@ class Store:
     @contextmanager
     def reading(self, verify: bool = False) -> Iterator[None]:
         """See one state of the index, the latest, whatever other processes commit meanwhile."""
-        with self._errors():
+        with self._access, self._errors():
             self._begin(verify)
             try:
                 yield
@@ -375,26 +383,29 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder's write lock. Raises StoreError if another process writes."""
+        """Hold the folder's write lock. Raises StoreError if another process writes; other threads wait."""
         self._check_place()
-        if self._lock is not None:
-            yield
-            return
-        with self._errors():
-            lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise StoreError(f"{self.folder}: another process is writing to this index; wait until it ends") from error
-        self._lock = lock
-        try:
-            if self.moved():
-                self.refresh()
-            yield
-        finally:
-            self._lock = None
-            lock.close()
+        with self._writing:
+            if self._lock is not None:
+                yield
+                return
+            with self._errors():
+                lock = (self.folder / "lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                message = f"{self.folder}: another process is writing to this index; wait until it ends"
+                raise StoreError(message) from error
+            self._lock = lock
+            try:
+                with self._access:
+                    if self.moved():
+                        self.refresh()
+                yield
+            finally:
+                self._lock = None
+                lock.close()
 
     def put(self, documents: Sequence[Document], ranges: Sequence[tuple[int, int, int]], vectors: np.ndarray) -> None:
         """Add or replace documents in one step.
@@ -407,7 +418,7 @@ class Store:
         if not np.isfinite(vectors).all():
             bad = documents[ranges[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])][0]].id
             raise StoreError(f"the vector of document {bad!r} is not finite; try dtype float32, and check the model")
-        with self.writing(), self._errors():
+        with self.writing(), self._access, self._errors():
             block = np.ascontiguousarray(vectors, dtype=self._dtype)
             self._append(block)
             first = self.rows
@@ -436,12 +447,12 @@ class Store:
         if not documents:
             return
         values = [(_metadata(d), d.id) for d in documents]
-        with self.writing(), self._errors(), self._transaction():
+        with self.writing(), self._access, self._errors(), self._transaction():
             self._db.executemany("UPDATE documents SET metadata = ?1 WHERE id = ?2 AND metadata <> ?1", values)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove documents in one step; ids that are not stored are ignored. Returns how many were removed."""
-        with self.writing(), self._errors():
+        with self.writing(), self._access, self._errors():
             with self._transaction():
                 removed, dead = self._forget(ids)
                 generation = _next() if dead else self.generation  # nothing removed: what was derived is still good
@@ -452,7 +463,7 @@ class Store:
 
     def compact(self) -> None:
         """Rewrite the vectors without dead rows."""
-        with self.writing(), self._errors():
+        with self.writing(), self._access, self._errors():
             rows = np.flatnonzero(self.alive)
             generation = _next()
             new = self.folder / f"vectors-{generation}.bin"

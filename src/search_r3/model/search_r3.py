@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from search_r3.errors import CheckpointError, first_line, refuse_string
+from search_r3.errors import CheckpointError, DataError, first_line, refuse_string
 from search_r3.model.checkpoint import Manifest, Parent, load, resolve, save
 from search_r3.model.engine import Engine
 from search_r3.model.prompts import Prompts, SystemPrompts
@@ -120,7 +120,7 @@ class SearchR3:
         """
         refuse_string(documents)
         texts = [item.content if isinstance(item, Document) else item for item in documents]
-        tails = self.engine.tails(texts, "embed", max_tokens or self.manifest.max_tokens.document)
+        tails = self.engine.tails(texts, "embed", _length(max_tokens, self.manifest.max_tokens.document))
         return self.engine.encode(tails, "embed", label=label, progress=progress)
 
     def encode_queries(
@@ -140,7 +140,7 @@ class SearchR3:
             results = self.reason(queries, samples=samples, max_tokens=max_tokens, progress=progress)
             vectors = np.stack([r.vector for r in results]) if results else np.empty((0, self.dimension), np.float32)
             return mean_vectors(vectors, samples)
-        tails = self.engine.tails(queries, "embed", max_tokens or self.manifest.max_tokens.query)
+        tails = self.engine.tails(queries, "embed", _length(max_tokens, self.manifest.max_tokens.query))
         return self.engine.encode(tails, "embed", label="queries", progress=progress)
 
     def reason(
@@ -167,10 +167,10 @@ class SearchR3:
         on_result(row, result) when a row is done, between() before each token; a row for which stop(row) is true is
         embedded as it stands.
         """
-        limit = max_new_tokens or self.manifest.max_tokens.reasoning
+        limit = _length(max_new_tokens, self.manifest.max_tokens.reasoning)
         if temperature is None:
             temperature = TEMPERATURE if samples > 1 else 0.0
-        tails = self.engine.tails(queries, "reason", max_tokens or self.manifest.max_tokens.query)
+        tails = self.engine.tails(queries, "reason", _length(max_tokens, self.manifest.max_tokens.query))
         return reason(
             self.engine,
             tails,
@@ -191,7 +191,7 @@ class SearchR3:
 
         thoughts: tokens of each reasoning without control tokens; `engine.plain_ids` makes them from text.
         """
-        tails = self.engine.tails(queries, "reason", max_tokens or self.manifest.max_tokens.query)
+        tails = self.engine.tails(queries, "reason", _length(max_tokens, self.manifest.max_tokens.query))
         return self.engine.encode([tail + list(ids) for tail, ids in zip(tails, thoughts, strict=True)], "reason")
 
     @staticmethod
@@ -247,3 +247,9 @@ def _quantise(model: torch.nn.Module) -> None:
         warnings.simplefilter("ignore")
         spec = dict.fromkeys((name for name in linear if "down_proj" not in name), per_channel_dynamic_qconfig)
         quantize_dynamic(model, spec, inplace=True)
+
+
+def _length(given: int | None, default: int) -> int:
+    if given is not None and given < 1:
+        raise DataError(f"a length of {given} tokens: must be at least 1")
+    return default if given is None else given
