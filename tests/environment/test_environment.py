@@ -9,7 +9,7 @@ from search_r3.environment import EnvironmentConfig, Relevant, RetrievalEnvironm
 from search_r3.environment.calibration import fit_calibration
 from search_r3.environment.drift import fit_drift
 from search_r3.environment.evolving import best_columns
-from search_r3.environment.freshness import POLICIES
+from search_r3.environment.freshness import POLICIES, by_priority
 from search_r3.environment.graph import EvolvingGraph
 from search_r3.environment.outcome import make_outcome
 from search_r3.errors import CheckpointError, DataError, StoreError
@@ -465,6 +465,35 @@ def test_a_refresh_of_an_index_that_was_replaced_stores_nothing(tmp_path):
 
     assert environment.refresh(Late()) == 0
     np.testing.assert_allclose(environment.index.vectors, encoder.encode_documents(DOCUMENTS), atol=1e-6)
+
+
+def test_of_equally_wanted_rows_the_oldest_come_first_and_the_relevant_before_all():
+    wanted, ages = np.array([1.0, 1.0, 2.0, 0.0, 1.0]), np.array([2, 5, 1, 9, 0])
+    assert by_priority(wanted, ages, np.ones(5)).tolist() == [1, 0, 2]
+    environment, encoder = make(policy="read_repair", budget=60)  # tokens: a few documents
+    names, vectors = rollouts(encoder, queries=2)
+    encoder.tick += 1
+    environment.step(names, vectors)
+    relevant = {int(row) for name in set(names) for row in environment.relevant[name][0]}
+    assert relevant <= set(environment.fresh_rows().tolist())
+    assert len(environment.fresh_rows()) < 20
+
+
+def test_a_calibration_is_what_rollouts_are_ranked_by():
+    environment, encoder = make(policy="frozen")
+    names, vectors = rollouts(encoder, queries=1, group=1)
+    plain = environment.step(names, vectors)[0]
+    environment.calibration = lambda scores, ages: scores + np.float32(0.25)
+    shifted = environment.step(names, vectors)[0]
+    np.testing.assert_allclose(shifted.scores, plain.scores + 0.25, atol=1e-6)
+
+
+def test_a_state_keeps_the_budget_that_a_bound_has_led_to():
+    environment, encoder = make(error_bound=0.01, audit_every=1)
+    environment.budget *= 1.5
+    other, _ = make(encoder=encoder, error_bound=0.01, audit_every=1)
+    other.load_state_dict(environment.state_dict())
+    assert other.budget == environment.budget
 
 
 def test_one_vector_of_everything_finds_nothing_first():

@@ -211,6 +211,20 @@ def test_a_key_is_asked_for(retriever: Retriever) -> None:
         assert client.get("/metrics").status_code == 401
 
 
+def test_only_pages_of_an_allowed_origin_may_call(retriever: Retriever) -> None:
+    app = create_app([Served("manual", retriever)], Settings(api_key="k", origins=("https://example.org",)))
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+    with TestClient(app) as client:
+        answer = client.options("/search", headers={"origin": "https://example.org", **asked})
+        assert answer.status_code == 200  # a browser asks first, without the key
+        assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        answer = client.options("/search", headers={"origin": "https://example.com", **asked})
+        assert "access-control-allow-origin" not in answer.headers
+        headers = {"origin": "https://example.org", "x-api-key": "k"}
+        answer = client.post("/search", json={"query": "a"}, headers=headers)
+        assert answer.headers["access-control-allow-origin"] == "https://example.org"
+
+
 def test_large_bodies_and_full_queues_are_refused(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     app = create_app([Served("manual", retriever)], Settings(body_bytes=1000, queue=3))
     with TestClient(app) as client:
