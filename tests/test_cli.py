@@ -121,6 +121,16 @@ def test_search_reads_queries_from_standard_input(run, indexed, monkeypatch):
     assert [line for line in output.splitlines() if line.startswith("?")] == ["? one", "? two"]
 
 
+def test_delete_removes_and_names_what_is_not_there(run, corpus, checkpoint, tmp_path):
+    run("index", corpus, tmp_path / "i", "-c", checkpoint)
+    code, output, _ = run("delete", tmp_path / "i", "d1", "nowhere", "--json")
+    assert (code, json.loads(output)["deleted"], json.loads(output)["missing"]) == (0, 1, ["nowhere"])
+    _, output, _ = run("search", tmp_path / "i", TEXTS[1], "--direct", "--json")
+    assert "d1" not in [hit["id"] for hit in json.loads(output)["hits"]]
+    code, output, error = run("delete", tmp_path / "i", "d2", "d1")
+    assert (code, "1 deleted" in output, "not in the index: d1" in error) == (0, True, True)
+
+
 def test_version(run):
     assert run("--version")[:2] == (0, version("search-r3") + "\n")
 

@@ -399,6 +399,31 @@ def _show_hits(query: str, hits: list[Hit]) -> None:
 
 
 @app.command()
+def delete(
+    folder: Annotated[Path, typer.Argument(help="Index folder.")],
+    ids: Annotated[list[str], typer.Argument(help="Ids of documents, as search shows them.")],
+    json_: Json = False,
+) -> None:
+    """Remove documents from an index; what an index lacks is named.
+
+    Example:  search-r3 delete notes-index old.md drafts/idea.md
+    """
+    from search_r3.index.store import Store
+
+    with Store.open(folder, verify=False) as store, store.writing():
+        known = store.hashes(ids)
+        missing = [name for name in ids if name not in known]
+        report = {"deleted": store.delete(ids), "missing": missing, "documents": len(store)}
+        store.tidy()
+    if json_:
+        print_json(report)
+        return
+    for name in missing:
+        err.print(f"[yellow]not in the index:[/yellow] {escape(plain(name))}")
+    out.print(f"{report['deleted']:,} deleted, {report['documents']:,} documents left")
+
+
+@app.command()
 def embed(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without them, the lines of standard input.")] = None,
     query: Annotated[bool, typer.Option("--query", help="Embed as queries (cut at the query length).")] = False,

@@ -270,12 +270,7 @@ class Retriever:
     def commit(self, plan: Plan, vectors: np.ndarray) -> None:
         """Store what was planned, in one step. vectors: (len(plan.tails), D) float32. Dead rows do not pile up."""
         self.store.put(plan.documents, plan.ranges, vectors)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        if self.store.rows > 1000 and self.store.passages < self.store.rows / 2:
-            with suppress(StoreError):  # no room for it: what was written stays, and the next write tries again
-                self.store.compact()
+        self.store.tidy()
 
     def _encode(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
         return self.model.engine.encode(tails, "embed")
@@ -288,7 +283,7 @@ class Retriever:
         refuse_string(ids)
         with self.store.writing():
             removed = self.store.delete(ids)
-            self._tidy()
+            self.store.tidy()
         return removed
 
     def index(self) -> Index:

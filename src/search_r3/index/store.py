@@ -461,6 +461,12 @@ class Store:
             self.alive[dead] = False
             return removed
 
+    def tidy(self) -> None:
+        """`compact` where most of many rows are dead."""
+        if self.rows > 1000 and self.passages < self.rows / 2:
+            with suppress(StoreError):  # no room for it: what was written stays, and the next write tries again
+                self.compact()
+
     def compact(self) -> None:
         """Rewrite the vectors without dead rows."""
         with self.writing(), self._access, self._errors():
