@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
@@ -176,9 +176,11 @@ def index(
         bad.append(str(error))
         err.print(f"[yellow]skipped:[/yellow] {escape(plain(str(error)))}")
 
-    documents = read_documents(corpus, Fields(id_field, text_field, title_field), skip if skip_bad else None)
-    with _telling_of_skip_bad(skip_bad):
-        first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
+    def stop(error: DataError) -> None:
+        raise DataError(f"{error} (what came before is kept; --skip-bad passes over what cannot be used)") from error
+
+    documents = read_documents(corpus, Fields(id_field, text_field, title_field), skip if skip_bad else stop)
+    first = next(documents, None)  # a corpus that cannot be read fails before the model is loaded
     if first is None:
         raise DataError(f"{corpus}: holds no documents")
     model = load_model(checkpoint, precision, device, dims, prompt_file, embed_token)
@@ -201,8 +203,7 @@ def index(
         interruptible(f"what was indexed is kept in {folder}; run the same command to go on"),
     ):
         given = watched() if delete_missing else stream()
-        with _telling_of_skip_bad(skip_bad):
-            report = asdict(retriever.add(given, batch=1024 if encode else None, encode=encode, progress=None))
+        report = asdict(retriever.add(given, batch=1024 if encode else None, encode=encode, progress=None))
         if delete_missing and bad:
             err.print("[yellow]nothing was deleted:[/yellow] records were skipped, so what is missing is not known")
         elif delete_missing:
@@ -213,16 +214,6 @@ def index(
     else:
         out.print(", ".join(f"{value:,} {key}" for key, value in report.items()))
         out.print(f"Search it with: search-r3 search {escape(str(folder))} --direct --hybrid")
-
-
-@contextmanager
-def _telling_of_skip_bad(given: bool) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        if given:
-            raise
-        raise DataError(f"{error} (what came before is kept; --skip-bad passes over what cannot be used)") from error
 
 
 def _encoder(

@@ -89,6 +89,8 @@ class Retriever:
         Added(added=1, updated=0, unchanged=0)
         >>> retriever.search("many files into one", k=3, reason=True).hits[0].id
         '1'
+
+    Several threads may share one; what they look up in the folder takes turns.
     """
 
     def __init__(self, model: SearchR3, store: Store, kind: IndexKind = "exact"):
