@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError, DataError, TrainingError
-from search_r3.model.checkpoint import MANIFEST, initialise
+from search_r3.model.checkpoint import MANIFEST, Stage, initialise
 from search_r3.model.export import export
 from search_r3.train.run import METRICS, RUN, DevTest, Track, check_sharding, claim, dev_sets, keep_until, latest
 from search_r3.train.supervised import prepare, train
@@ -184,9 +184,8 @@ def test_a_run_ends_in_a_plain_checkpoint_and_a_log(recipe, root, tmp_path):
     parent = model.manifest.parent.model_dump()
     made_from = json.loads((tmp_path / "run" / "initial" / MANIFEST).read_text())["parent"]
     assert parent == {"source": recipe.model, "weights_sha256": made_from["weights_sha256"]}
-    assert [made.model_dump() for made in model.manifest.training] == [
-        {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")} | {"parent": parent}
-    ]
+    told = {name: noted[name] for name in ("stage", "recipe", "data", "versions", "commit")}
+    assert model.manifest.training == (Stage(**told, parent=parent),)
     assert (noted["stage"], noted["recipe"]["steps"], noted["versions"]["search-r3"]) == (
         "sft",
         6,
