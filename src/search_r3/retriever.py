@@ -487,11 +487,10 @@ class Retriever:
         if allowed is not None:
             worth *= allowed
         best = np.flatnonzero(worth > 0)
-        taken, documents = depth, min(depth, len(self.store))
+        taken, documents, split = depth, min(depth, len(self.store)), self.store.passages > len(self.store)
         while taken < len(best):
             first = best[np.argpartition(-worth[best], taken)[:taken]]
-            whole = self.store.passages == len(self.store)
-            if whole or taken >= MOST_DEPTHS * depth or self.store.count(first) >= documents:
+            if not split or taken >= MOST_DEPTHS * depth or self.store.count(first) >= documents:
                 best = first
                 break
             taken *= 4

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 METRICS = ("nDCG@10", "R@100", "RR@10")
 """ir-measures' names; RR@10 averaged over queries is MRR@10."""
 
+DEPTH = 100  # documents of a ranking
+RESAMPLES = 9999
+
 Ranking = Mapping[str, float]
 """Document ids with their scores; of equals, the first is taken for the better one."""
 
@@ -35,11 +38,11 @@ def score_queries(
     return values
 
 
-def score_matrix(collection: Collection, scores: np.ndarray, depth: int = 100) -> list[float]:
+def score_matrix(collection: Collection, scores: np.ndarray) -> list[float]:
     """nDCG@10 of each query. scores: (queries, documents); of equal ones the first document is the better."""
     run = {}
     for query, line in zip(collection.queries, scores, strict=True):
-        best = np.argsort(-line, kind="stable")[:depth]
+        best = np.argsort(-line, kind="stable")[:DEPTH]
         run[query.id] = {collection.documents[row].id: float(line[row]) for row in best}
     found = score_queries(collection.judgements, run)["nDCG@10"]
     return [found[query.id] for query in collection.queries]
@@ -49,7 +52,7 @@ def _ranked(found: Ranking) -> list[str]:
     return sorted(found, key=lambda name: found[name], reverse=True)  # stable
 
 
-def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: int = 9999, seed: int = 0) -> float:
+def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     """Two-sided p of the paired randomisation test: signs of the per-query differences are flipped at random.
 
     Fisher's test as recommended for retrieval by Smucker et al. (2007).
@@ -66,8 +69,8 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], resamples: i
         lambda a, b, axis: (a - b).mean(axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=1000,  # or memory grows with resamples x queries
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.pvalue)

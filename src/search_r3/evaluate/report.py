@@ -12,22 +12,23 @@ from rich.table import Table
 from search_r3.evaluate.metrics import METRICS
 
 LABELS = {"nDCG@10": "nDCG@10", "R@100": "Recall@100", "RR@10": "MRR@10"}
+COLUMNS = 5  # modes side by side, so that a table fits a terminal
 
 
-def rich_tables(report: dict[str, Any], metric: str = "nDCG@10", columns: int = 5) -> list[Table]:
-    """One metric: a row for each collection, a column for each mode, the best of each row in bold; a table holds only
+def rich_tables(report: dict[str, Any]) -> list[Table]:
+    """nDCG@10: a row for each collection, a column for each mode, the best of each row in bold; a table holds only
     so many columns, so that it fits a terminal."""
     modes = list(report["average"])
     rows = [(name, collection["modes"]) for name, collection in report["collections"].items()]
     sets = len(rows)
     if sets > 1:
         rows.append(("average", report["average"]))
-    cells = [(name, _bold([row[mode][metric] for mode in modes], "[bold]{}[/bold]")) for name, row in rows]
+    cells = [(name, _bold([row[mode]["nDCG@10"] for mode in modes], "[bold]{}[/bold]")) for name, row in rows]
     tables = []
-    for first in range(0, len(modes), columns):
-        shown = slice(first, first + columns)
+    for first in range(0, len(modes), COLUMNS):
+        shown = slice(first, first + COLUMNS)
         headings = [mode.replace("-", "-\n") for mode in modes[shown]]
-        tables.append(Table("data set", *headings, title=LABELS[metric], title_justify="left"))
+        tables.append(Table("data set", *headings, title="nDCG@10", title_justify="left"))
         for place, (name, values) in enumerate(cells, start=1):
             tables[-1].add_row(escape(name), *values[shown], end_section=place == sets)
     return tables

@@ -54,7 +54,6 @@ class SearchR3:
         prompts: Prompts | SystemPrompts | None = None,
         embed_token: str | None = None,
         batch_tokens: int | None = None,
-        compile: bool = False,
     ) -> SearchR3:
         """Load a checkpoint.
 
@@ -65,7 +64,6 @@ class SearchR3:
         dims: keep only the first components of each vector.
         prompts, embed_token: for models of other projects, which carry no manifest of ours.
         batch_tokens: tokens in one forward pass; lower it if memory runs out.
-        compile: `torch.compile` the backbone; pays after minutes of encoding.
         Raises CheckpointError when the model cannot be found, trusted or run.
         """
         if dtype not in get_args(Dtype):
@@ -92,8 +90,6 @@ class SearchR3:
         engine = Engine(
             model, tokenizer, manifest.prompts, manifest.embed_token_id, dims=dims, batch_tokens=batch_tokens
         )
-        if compile:
-            engine.backbone = torch.compile(engine.backbone, dynamic=True)
         return cls(engine, manifest, str(source))
 
     @property
@@ -112,7 +108,6 @@ class SearchR3:
         *,
         max_tokens: int | None = None,
         progress: bool | None = False,
-        label: str = "encode",
     ) -> np.ndarray:
         """Embed documents. Returns (N, dimension) float32 with unit rows, in input order.
 
@@ -121,7 +116,7 @@ class SearchR3:
         refuse_string(documents)
         texts = [item.content if isinstance(item, Document) else item for item in documents]
         tails = self.engine.tails(texts, "embed", _length(max_tokens, self.manifest.max_tokens.document))
-        return self.engine.encode(tails, "embed", label=label, progress=progress)
+        return self.engine.encode(tails, "embed", progress=progress)
 
     def encode_queries(
         self,
