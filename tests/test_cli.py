@@ -106,8 +106,12 @@ def test_search_is_filtered_by_metadata(run, checkpoint, tmp_path):
     assert found("lang=de", "old=true") == {"d2"}
     assert found("lang=en", "lang=de", "year=2024") == {"d0", "d1"}
     assert found("year=" + "9" * 40) == set()
-    code, _, error = run("search", tmp_path / "i", "q", "--where", "lang")
-    assert (code, "--where lang: must be FIELD=VALUE" in error) == (2, True)
+    assert found("year>=2024", "year<2025") == {"d0", "d1"}
+    assert found("lang>de") == {"d0"}
+    assert found("year<=2023") == set()
+    for given, told in ((["lang"], "--where lang: must be FIELD=VALUE"), (["a=1", "a>1"], "a has a value and bounds")):
+        code, _, error = run("search", tmp_path / "i", "q", *[o for item in given for o in ("--where", item)])
+        assert (code, told in error) == (2, True)
 
 
 def test_search_reads_queries_from_standard_input(run, indexed, monkeypatch):

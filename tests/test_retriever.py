@@ -39,6 +39,13 @@ def test_a_document_finds_itself(retriever):
         assert hits[0].metadata == document.metadata
 
 
+def test_documents_are_given_back(retriever):
+    assert len(retriever) == len(DOCUMENTS)
+    assert retriever.get(["2", "nowhere", "0"]) == [DOCUMENTS[2], DOCUMENTS[0]]
+    with pytest.raises(TypeError, match="put it into a list"):
+        retriever.get("2")
+
+
 def test_reason_fuse_and_hybrid(retriever):
     direct = retriever.search(TEXTS[0], 3)
     assert direct.reasoned is None

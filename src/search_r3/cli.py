@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -251,7 +252,10 @@ def search(
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Add BM25: words count, too.")] = False,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="FIELD=VALUE: only documents with this metadata; of one field given again, any value."),
+        typer.Option(
+            help="FIELD=VALUE: only documents with this metadata; of one field given again, any value. Also "
+            "'FIELD>=VALUE', '>', '<' and '<=': all of them hold."
+        ),
     ] = None,
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
@@ -309,18 +313,29 @@ def search(
                 _show_hits(text, found.hits)
 
 
-def _filters(given: list[str]) -> dict[str, list[Any]]:
-    """Values of each field, as text and, where they can be one, as a number, true or false."""
-    filters: dict[str, list[Any]] = {}
+def _filters(given: list[str]) -> dict[str, Any]:
+    """What each field may be: values, as text and, where they can be one, as a number, true or false; or bounds."""
+    from search_r3.index.store import BOUNDS
+
+    names = {sign: name for name, sign in BOUNDS.items()}
+    filters: dict[str, Any] = {}
     for item in given:
-        field, separator, text = item.partition("=")
-        if not field or not separator:
-            raise DataError(f"--where {item}: must be FIELD=VALUE, such as lang=en")
-        values = filters.setdefault(field, [])
-        values.append(text)
+        parts = re.fullmatch(r"(.+?)(>=|<=|[=<>])(.*)", item, re.DOTALL)
+        if parts is None:
+            raise DataError(f"--where {item}: must be FIELD=VALUE, such as lang=en, or bounds, such as 'year>=1979'")
+        field, sign, text = parts.groups()
+        value: Any = text
         with suppress(ValueError):
-            if isinstance(value := json.loads(text), bool | float) or (isinstance(value, int) and abs(value) < 2**63):
-                values.append(value)
+            read = json.loads(text)
+            if isinstance(read, bool | float) or (isinstance(read, int) and abs(read) < 2**63):
+                value = read
+        wanted = filters.setdefault(field, [] if sign == "=" else {})
+        if isinstance(wanted, dict) != (sign != "="):
+            raise DataError(f"--where {item}: {field} has a value and bounds; give one kind")
+        if isinstance(wanted, dict):
+            wanted[names[sign]] = value
+        else:
+            wanted += [text] if value is text else [text, value]
     return filters
 
 

@@ -35,6 +35,12 @@ def serve(
     folders: Annotated[list[Path], typer.Argument(metavar="index...", help="Index folders; the first is the default.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all networks.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    create: Annotated[
+        bool, typer.Option("--create", help="Make what does not exist yet: an empty index, to be filled over HTTP.")
+    ] = False,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", "-c", help="With --create: the model of a new index.")
+    ] = "default",
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
     precision: Arithmetic = Precision.auto,
@@ -69,7 +75,7 @@ def serve(
     need("serve", "serving")
     import uvicorn
 
-    from search_r3.index.store import Store
+    from search_r3.index.store import MANIFEST, Store
     from search_r3.model.search_r3 import SearchR3
     from search_r3.retriever import Retriever
     from search_r3.serve.app import Served, create_app
@@ -101,17 +107,25 @@ def serve(
     if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
     search = index_kind(kind, qdrant)
-    manifests = []
+    new = [folder for folder in folders if create and not (folder / MANIFEST).exists()]
     for folder in folders:  # a folder that is no index fails before a model is loaded
-        with Store.open(folder, verify=False) as store:
-            manifests.append(store.manifest)
+        if folder not in new:
+            Store.open(folder, verify=False).close()
     models: dict[tuple[str, str, int], SearchR3] = {}
     with ExitStack() as stack, _bind(host, port) as listening:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that does not read is cut off, and what it did not read is freed.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
+        if new:
+            model = load_model(checkpoint, precision, device, None, prompt_file, embed_token)
+            for folder in new:
+                with Retriever.open_or_create(folder, model) as made:
+                    stored = made.store.manifest
+                models[stored.checkpoint, stored.fingerprint, stored.dimension] = model
         served = []
-        for name, folder, stored in zip(names, folders, manifests, strict=True):
+        for name, folder in zip(names, folders, strict=True):
+            with Store.open(folder, verify=False) as store:
+                stored = store.manifest
             space = stored.checkpoint, stored.fingerprint, stored.dimension
             if space not in models:
                 models[space] = load_model(

@@ -288,6 +288,17 @@ class Retriever:
             self.store.tidy()
         return removed
 
+    def get(self, ids: Sequence[str]) -> list[Document]:
+        """Those of these documents that are stored, in the order asked. Raises TypeError for one id."""
+        refuse_string(ids)
+        with self.store.reading():
+            return self.store.documents(ids)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        with self.store.reading():
+            return len(self.store)
+
     def index(self) -> Index:
         """The search structure over the store's present content; a graph is built when it is first needed."""
         if self._index is None or self._index[0] != self.store.generation:
@@ -384,8 +395,9 @@ class Retriever:
         reason: think before embedding. samples: think that often, and search with the mean of the vectors. fuse: weight
         in [0, 1] of the reasoned vector in a sum with the direct one. gate: reason only over queries whose best direct
         hit leads the second by less than this, in cosine; `search-r3 eval` shows what a gate saves. Several samples,
-        fuse and gate imply `reason`. hybrid: add BM25 (`LexicalIndex.worth`). where: only documents whose metadata
-        has these values; a list accepts any of its values. Raises DataError for an empty query.
+        fuse and gate imply `reason`. hybrid: add BM25 (`LexicalIndex.worth`). where: only documents whose metadata has
+        these values, e.g. `{"lang": ["en", "de"], "year": {"gte": 1979}}` (`Store.matching`). Raises DataError for an
+        empty query.
         """
         if k < 1:
             raise DataError(f"k={k}: must be at least 1")

@@ -101,7 +101,15 @@ def test_a_restored_backup_is_copied_anew(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", [{"even": True}, {"third": [0, 2], "even": False}, {"a.b": "k3"}, {"third": 7}, {"third": 2.0}]
+    "where",
+    [
+        {"even": True},
+        {"third": [0, 2], "even": False},
+        {"a.b": "k3"},
+        {"third": 7},
+        {"third": 2.0},
+        {"third": {"gte": 1}},
+    ],
 )
 def test_filters(store, where):
     same(store, RemoteIndex(connect(":memory:"), "mine", store), where=where)

@@ -70,9 +70,37 @@ def test_a_filter_finds_the_elements_of_a_list(store):
 def test_a_filter_that_no_metadata_can_equal_is_an_error(store):
     put(store, "a", "b")
     assert store.matching({"n": ("a", "b")}).all()
-    for value in ({"a": 1}, None, 1 << 63):
-        with pytest.raises(DataError, match=r"where: field 'n': .* is no text, number of"):
+    for value, told in (
+        (None, "None is no text, number of 64 bits, true or false"),
+        (1 << 63, "is no text, number of"),
+        ({"a": 1}, "are no bounds; give some of gt, gte, lt, lte"),
+        ({}, "are no bounds"),
+        ({"gt": True}, "True is no text or number"),
+        ({"gt": [1]}, "is no text or number"),
+    ):
+        with pytest.raises(DataError, match=f"where: field 'n': .*{told}"):
             store.matching({"n": value})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "rows"),
+    [
+        ({"gte": 1980}, [1, 2, 3, 5]),
+        ({"gt": 1980}, [2, 3, 5]),
+        ({"lte": 1980}, [0, 1, 5]),
+        ({"lt": 1980, "gt": -3.5}, [0, 5]),
+        ({"gte": 1980, "lte": 1981}, [1, 2, 3]),
+        ({"gte": "1981", "lt": "1982-06"}, [3, 5]),
+        ({"gt": "2"}, [4]),
+        ({"gt": 10**18}, []),
+    ],
+)
+def test_a_filter_with_bounds(store, bounds, rows):
+    """Numbers in text are numbers beside a number; of a list one element must be within all bounds."""
+    values = [1979, 1980, 1980.5, "1981", "later", [1970, "1982"], True, None, {"n": 1990}, ["1983x"]]
+    documents = [Document(str(n), "text", metadata={"year": value}) for n, value in enumerate(values)]
+    store.put(documents, [(n, 0, 4) for n in range(len(values))], np.ones((len(values), WIDTH), np.float32))
+    assert np.flatnonzero(store.matching({"year": bounds})).tolist() == rows
 
 
 def test_metadata_that_is_not_json_is_refused_and_nothing_stored(store):

@@ -116,6 +116,8 @@ def test_search_is_the_retrievers(client: TestClient, retriever: Retriever, mode
         ({"old": False}, {"zip"}),
         ({"year": 1}, {"df"}),
         ({"year": 1971.0}, {"ls"}),
+        ({"year": {"gte": 1971, "lt": 1989}}, {"tar", "ls"}),
+        ({"kind": {"gt": "archive"}, "year": {"lte": 1971.5}}, {"ls", "df"}),
         ({"kind": "x' OR 1=1 --"}, set()),
         ({"no": 1}, set()),
     ],
@@ -151,7 +153,12 @@ def test_documents_are_added_replaced_and_removed(client: TestClient, retriever:
     top = client.post("/search", json={"query": "zebra zoo", "hybrid": True}).json()["hits"][0]
     assert (top["id"], top["snippet"]) == ("a/b c", "a zebra in the zoo")
     assert [top["snippet"][a:b] for a, b in top["highlights"]] == ["zebra", "zoo"]
+    stored = {"id": "a/b c", "text": "a zebra in the zoo", "title": "", "metadata": {}}
+    assert client.get("/documents/a/b%20c").json() == stored
+    assert client.get("/documents/a/b%20c?index=none").status_code == 404
     assert client.delete("/documents/a/b%20c").json() == {"deleted": 1}
+    missing = client.get("/documents/a/b%20c")
+    assert (missing.status_code, "no document of this id" in missing.text) == (404, True)
     assert client.delete("/documents/a/b%20c").json() == {"deleted": 0}
     assert len(retriever.store) == 4
     many = [{"id": str(n), "text": f"document {n} " + "word " * 300} for n in range(7)]
@@ -169,6 +176,9 @@ def test_documents_are_added_replaced_and_removed(client: TestClient, retriever:
         ("/search", {"query": "a", "reasons": True}, 422),
         ("/search", {"query": "a", "filters": {"x": []}}, 422),
         ("/search", {"query": "a", "filters": {"x": {}}}, 422),
+        ("/search", {"query": "a", "filters": {"x": {"gte": None}}}, 422),
+        ("/search", {"query": "a", "filters": {"x": {"gte": True}}}, 422),
+        ("/search", {"query": "a", "filters": {"x": {"gte": 1, "ge": 2}}}, 422),
         ("/search", {"query": "a" * 300_000}, 413),
         ("/documents", {"documents": []}, 422),
         ("/documents", {"documents": [{"id": "", "text": "a"}]}, 422),
@@ -188,8 +198,14 @@ def test_refusals(client: TestClient, path: str, body: Any, status: int) -> None
 
 
 def test_an_error_of_a_filter_tells_all_that_it_may_be(client: TestClient) -> None:
-    answer = client.post("/search", json={"query": "a", "filters": {"year": {"gte": 2000}}})
-    assert answer.json()["error"]["message"].startswith("filters.year: must be texts, numbers, true or false")
+    for filters, told in (
+        ({"year": None}, "filters.year: must be texts, numbers, true or false"),
+        ({"year": {"gte": True}}, "filters.year.gte: must be texts, numbers, true or false, lists of these, or bounds"),
+        ({"year": {"ge": 2000}}, "filters.year.ge: Extra inputs"),
+        ({"year": {}}, "filters.year: Value error, holds no bounds: give some of gt, gte, lt, lte"),
+    ):
+        answer = client.post("/search", json={"query": "a", "filters": filters})
+        assert answer.json()["error"]["message"].startswith(told)
     answer = client.post("/search", content=b"{", headers={"content-type": "application/json"})
     assert answer.json()["error"]["message"].startswith("JSON decode error")
 

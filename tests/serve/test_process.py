@@ -96,6 +96,16 @@ def test_acknowledged_documents_survive(folder: Path, end: signal.Signals) -> No
         assert set(acknowledged) <= set(store.ids())
 
 
+def test_an_index_that_is_made_empty_is_filled(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    with serving(folder, str(tmp_path / "new"), "--create", "-c", str(checkpoint)) as (_, url):
+        assert [index["documents"] for index in httpx.get(f"{url}/indexes").json()] == [len(DOCUMENTS), 0]
+        assert httpx.post(f"{url}/search", json={"query": "a", "index": "new", "hybrid": True}).json()["hits"] == []
+        body = {"documents": [{"id": "a", "text": "a text"}], "index": "new"}
+        assert httpx.post(f"{url}/documents", json=body).json()["added"] == 1
+    with Store.open(tmp_path / "new") as store:
+        assert list(store.ids()) == ["a"]
+
+
 def test_a_thousand_clients_and_one_that_never_reads(folder: Path) -> None:
     with serving(folder, "--timeout", "20") as (_, url):
         host, port = url.removeprefix("http://").split(":")

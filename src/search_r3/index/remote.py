@@ -73,7 +73,7 @@ class RemoteIndex:
     def search(
         self, queries: np.ndarray, k: int, where: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`. where: only rows whose document's metadata has these values; a list accepts any.
+        """See `Index.search`. where: as of `Store.matching`, but bounds are numbers, and of numbers.
 
         The metadata is that of when a row was copied: of a document whose metadata alone has changed, the old.
         """
@@ -217,6 +217,8 @@ def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _match(value: Any) -> Any:
     from qdrant_client import models
 
+    if isinstance(value, Mapping):
+        return {"range": models.Range(**value)}
     if isinstance(value, float):
         return {"range": models.Range(gte=value, lte=value)}
     return {"match": models.MatchAny(any=value) if isinstance(value, list) else models.MatchValue(value=value)}

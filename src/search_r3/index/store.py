@@ -47,7 +47,7 @@ CREATE INDEX passages_by_document ON passages (document);
 CREATE TABLE blocks (first INTEGER PRIMARY KEY, rows INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE state (file TEXT NOT NULL, rows INTEGER NOT NULL, generation INTEGER NOT NULL);
 """
-
+_PASSAGES = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
 
 _ADVICE = {  # by a part of SQLite's message
     "closed database": "open it again",
@@ -57,6 +57,8 @@ _ADVICE = {  # by a part of SQLite's message
     "unable to open": "give this user the right to write there: readers take locks, too",
 }
 _INT64 = 1 << 63
+BOUNDS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+"""What a filter may ask of a field besides equality."""
 _DAMAGED = "restore it, or index again into a new folder"
 
 
@@ -314,13 +316,7 @@ class Store:
 
     def hashes(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Content hashes of those of `ids` that are stored."""
-        found: dict[str, bytes] = {}
-        with self._errors():
-            for start in range(0, len(ids), 500):
-                part = ids[start : start + 500]
-                marks = ",".join("?" * len(part))
-                found.update(self._db.execute(f"SELECT id, hash FROM documents WHERE id IN ({marks})", part).fetchall())
-        return found
+        return dict(self._among("SELECT id, hash FROM documents WHERE id", ids))
 
     def ids(self) -> Iterator[str]:
         """Ids of all documents, in order of id."""
@@ -328,52 +324,52 @@ class Store:
             for (name,) in self._db.execute("SELECT id FROM documents ORDER BY id"):
                 yield name
 
+    def documents(self, ids: Sequence[str]) -> list[Document]:
+        """Those of these documents that are stored, in the order asked."""
+        records = self._among("SELECT id, text, title, metadata FROM documents WHERE id", ids)
+        found = {record[0]: _document(*record) for record in records}
+        return [found[name] for name in ids if name in found]
+
     def get(self, rows: Sequence[int]) -> list[Passage]:
         """The passages of these rows, in the order asked."""
-        query = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
-        found = {record[0]: _passage(record) for record in self._of_rows(query, rows)}
+        records = self._among(f"{_PASSAGES} WHERE row", np.asarray(rows).tolist())
+        found = {record[0]: _passage(record) for record in records}
         return [found[row] for row in rows if row in found]
 
     def count(self, rows: Sequence[int] | np.ndarray) -> int:
         """How many documents these rows belong to."""
-        return len({name for (name,) in self._of_rows("SELECT document FROM passages", rows)})
+        found = self._among("SELECT document FROM passages WHERE row", np.asarray(rows).tolist())
+        return len({name for (name,) in found})
 
-    def _of_rows(self, query: str, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Any, ...]]:
+    def _among(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Records of a query whose last column is one of these; many are asked for in parts."""
         with self._errors():
-            for start in range(0, len(rows), 500):
-                part = [int(row) for row in rows[start : start + 500]]
-                yield from self._db.execute(f"{query} WHERE row IN ({','.join('?' * len(part))})", part)
+            for start in range(0, len(values), 500):
+                part = values[start : start + 500]
+                yield from self._db.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
     def scan(self) -> Iterator[tuple[int, Passage]]:
         """All passages with their rows, in order of row, streamed."""
-        query = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
         with self._errors():
-            for record in self._db.execute(f"{query} ORDER BY row"):
+            for record in self._db.execute(f"{_PASSAGES} ORDER BY row"):
                 yield record[0], _passage(record)
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
-        """(rows,) bool: passages whose document's metadata has these values; a list of values accepts any of them.
+        """(rows,) bool: passages whose document's metadata is as wanted, in every field.
 
-        A field that is a list has each of its elements.
-        Raises DataError for a value that no metadata field can equal.
+        A value is wanted as it is, a list means any of its values, and bounds such as `{"gte": 1979, "lt": 1990}` all
+        hold; of `BOUNDS`, numbers bound numbers, also those written as text, and text bounds text (ISO dates). A field
+        that is a list has each of its elements. Raises DataError for what no metadata field can be.
         """
         found = self.alive.copy()
         for key, wanted in where.items():
-            asked = wanted if isinstance(wanted, list | tuple) else [wanted]
-            for value in asked:
-                usable = -_INT64 <= value < _INT64 if isinstance(value, int) else isinstance(value, str | float)
-                if not usable:
-                    raise DataError(f"where: field {key!r}: {value!r} is no text, number of 64 bits, true or false")
-            # SQLite reads true as 1, which is another value; bytes equal no text
-            values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
-            plain = "CASE WHEN {0}.type IN ('true', 'false') THEN CAST({0}.type AS BLOB) ELSE {0}.value END"
-            equal = f"{plain} IN ({','.join('?' * len(values))})"
+            test, values = _test(key, wanted)
             with self._errors():
                 rows = self._db.execute(
                     "SELECT row FROM passages WHERE document IN ("
                     "SELECT documents.id FROM documents, json_each(metadata) AS field "
-                    f"WHERE field.key = ? AND ({equal.format('field')} OR EXISTS (SELECT 1 FROM json_each("
-                    f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {equal.format('item')})))",
+                    f"WHERE field.key = ? AND ({test.format('field')} OR EXISTS (SELECT 1 FROM json_each("
+                    f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {test.format('item')})))",
                     [key, *values, *values],
                 ).fetchall()
             these = np.zeros_like(found)
@@ -565,6 +561,32 @@ class Store:
             ) from error
 
 
+def _test(key: str, wanted: Any) -> tuple[str, list[Any]]:
+    """SQL that is true of a metadata value, `{0}`, that is wanted, and the values of its marks."""
+    bounds = isinstance(wanted, Mapping)
+    asked = list(wanted.values() if bounds else wanted if isinstance(wanted, list | tuple) else [wanted])
+    for value in asked:
+        usable = -_INT64 <= value < _INT64 if isinstance(value, int) else isinstance(value, str | float)
+        if not usable or (bounds and isinstance(value, bool)):
+            kinds = "text or number of 64 bits" if bounds else "text, number of 64 bits, true or false"
+            raise DataError(f"where: field {key!r}: {value!r} is no {kinds}")
+    if not bounds:
+        # SQLite reads true as 1, which is another value; bytes equal no text
+        values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
+        plain = "CASE WHEN {0}.type IN ('true', 'false') THEN CAST({0}.type AS BLOB) ELSE {0}.value END"
+        return f"{plain} IN ({','.join('?' * len(values))})", values
+    if not asked or not BOUNDS.keys() >= wanted.keys():
+        raise DataError(f"where: field {key!r}: {dict(wanted)} are no bounds; give some of {', '.join(BOUNDS)}")
+    tests = []
+    for name, bound in wanted.items():
+        if isinstance(bound, str):
+            tests.append(f"({{0}}.type = 'text' AND {{0}}.value {BOUNDS[name]} ?)")
+        else:  # compared with a NUMERIC, SQLite takes text that is a number for one; other text is above all numbers
+            number = f"{{0}}.value {BOUNDS[name]} CAST(? AS NUMERIC) AND {{0}}.value <= CAST(9e999 AS NUMERIC)"
+            tests.append(f"({{0}}.type IN ('integer', 'real', 'text') AND {number})")
+    return f"({' AND '.join(tests)})", asked
+
+
 def _identity(folder: Path) -> tuple[int, int] | None:
     """Of the file of records, whatever its name; None where there is none."""
     with suppress(OSError):
@@ -587,7 +609,11 @@ def _next() -> int:
 
 def _passage(record: tuple[Any, ...]) -> Passage:
     _, name, text, title, metadata, start, stop = record
+    return Passage(_document(name, text, title, metadata), start, stop)
+
+
+def _document(name: str, text: str, title: str, metadata: str) -> Document:
     try:
-        return Passage(Document(name, text, title, json.loads(metadata)), start, stop)
+        return Document(name, text, title, json.loads(metadata))
     except ValueError as error:
         raise StoreError(f"records.sqlite: the record of document {name!r} is damaged; index again") from error

@@ -31,8 +31,10 @@ from search_r3.retriever import Retriever, fuse_vectors, margin
 from search_r3.serve.guard import Guard, error_body
 from search_r3.serve.metrics import Metrics
 from search_r3.serve.schemas import (
+    Bounds,
     Deleted,
     DocumentIn,
+    DocumentOut,
     DocumentsRequest,
     DocumentsResponse,
     Embedding,
@@ -59,7 +61,7 @@ SLICE_CHARS = 20_000  # of documents planned and stored in one step
 PING_SECONDS = 15.0
 _EITHER = {  # fields of several kinds, of which an error names one
     "input": "must be a text, a list of texts, or lists of token numbers, and not empty",
-    "filters": "must be texts, numbers, true or false, or lists of these, by field",
+    "filters": 'must be texts, numbers, true or false, lists of these, or bounds such as {"gte": 1979}, by field',
 }
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
@@ -79,8 +81,8 @@ class TooLargeError(Exception):
     """More than the server takes at once."""
 
 
-class UnknownIndexError(Exception):
-    """A name that no index has."""
+class UnknownError(Exception):
+    """Something that is not there, and how to look what is."""
 
 
 def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> FastAPI:
@@ -112,7 +114,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         for status, text in {
             400: "not JSON",
             401: "no key",
-            404: "no such index",
+            404: "no such index or document",
             408: "the body came too slowly",
             413: "too large",
             422: "not usable",
@@ -143,7 +145,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         if name is None:
             return indexes[0]
         if name not in served:
-            raise UnknownIndexError
+            raise UnknownError("no index of this name; GET /indexes lists them")
         return served[name]
 
     def check(texts: Sequence[str], samples: int = 1) -> None:
@@ -231,7 +233,7 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
         index = chosen(body.index)
         check([body.query])
         model, limits = index.retriever.model, index.retriever.model.manifest.max_tokens
-        where = dict(body.filters) or None
+        where = {key: asked.given() if isinstance(asked, Bounds) else asked for key, asked in body.filters.items()}
         thoughts: list[Reasoned] = []
         tokens = 0
         think = body.reason or body.samples > 1 or body.fuse is not None or body.gate is not None
@@ -321,6 +323,15 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             total.unchanged += plan.report.unchanged
         return total
 
+    @app.get("/documents/{document:path}", tags=["documents"])
+    async def read(document: Name, index: str | None = None) -> DocumentOut:
+        """A document, whole."""
+        retriever = chosen(index).retriever
+        found = await worker.call(lambda: retriever.get([document]))
+        if not found:
+            raise UnknownError("no document of this id in this index")
+        return DocumentOut(**asdict(found[0]))
+
     @app.delete("/documents/{document:path}", tags=["documents"])
     async def delete(document: Name, index: str | None = None) -> Deleted:
         """Remove a document; one that is not there is no error."""
@@ -372,8 +383,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return 429, "too much is waiting; try again in a second"
         case LateError() | TimeoutError():
             return 504, "took too long; send less at once, or try again when the server is less busy"
-        case UnknownIndexError():
-            return 404, "no index of this name; GET /indexes lists them"
+        case UnknownError():
+            return 404, str(error)
         case TooLargeError():
             return 413, str(error)
         case DataError():
@@ -413,7 +424,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> Response:
         return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
 
-    for kind in (BusyError, LateError, UnknownIndexError, TooLargeError, DataError, StoreError, ExceptionGroup):
+    for kind in (BusyError, LateError, UnknownError, TooLargeError, DataError, StoreError, ExceptionGroup):
         app.add_exception_handler(kind, explain)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, refused)  # type: ignore[arg-type]

@@ -48,12 +48,12 @@ def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
 
 Text = Annotated[str, AfterValidator(_encodable), AfterValidator(_not_blank)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512), AfterValidator(_encodable)]
-Scalar = (
+Bound = (
     Annotated[str, AfterValidator(_encodable)]
-    | bool
-    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
-    | Annotated[float, Field(allow_inf_nan=False)]
+    | Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
+    | Annotated[float, Field(allow_inf_nan=False, strict=True)]
 )
+Scalar = bool | Bound
 # fail_fast: a list of a million wrong things is one error, not a million.
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1, fail_fast=True)]
@@ -117,6 +117,25 @@ class EmbeddingResponse(Model):
     usage: Usage
 
 
+class Bounds(Model):
+    """What a value lies between: numbers bound numbers, also those written as text, and text bounds text."""
+
+    gt: Bound | None = None
+    gte: Bound | None = None
+    lt: Bound | None = None
+    lte: Bound | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Bounds:
+        if not self.model_fields_set or None in self.given().values():
+            raise ValueError("holds no bounds: give some of gt, gte, lt, lte")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """As `Store.matching` takes them."""
+        return self.model_dump(exclude_unset=True)
+
+
 class SearchRequest(Model):
     """A question to an index."""
 
@@ -137,7 +156,7 @@ class SearchRequest(Model):
     hybrid: bool = False
     """Add BM25: words count, too."""
     filters: Annotated[
-        dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100, fail_fast=True)]],
+        dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=100, fail_fast=True)] | Bounds],
         BeforeValidator(_few),
         Field(max_length=16),
     ] = {}
@@ -194,6 +213,15 @@ class DocumentIn(Model):
     text: Text
     title: Annotated[str, AfterValidator(_encodable)] = ""
     metadata: Annotated[dict[str, Any], AfterValidator(_plain_json)] = {}
+
+
+class DocumentOut(Model):
+    """A document as it is stored."""
+
+    id: str
+    text: str
+    title: str
+    metadata: dict[str, Any]
 
 
 class DocumentsRequest(Model):
