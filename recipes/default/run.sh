@@ -10,18 +10,18 @@
 # again. Negatives, which no budget changes, stay with the data; what the untrained model writes is copied to them, over
 # an untrained.jsonl that is there.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 data=data output=runs/default budget=cpu
 while [ $# -gt 0 ]; do
   case $1 in
     --data) data=$2; shift 2 ;;
     --output) output=$2; shift 2 ;;
     --budget) budget=$2; shift 2 ;;
-    *) sed -n '2,11p' "recipes/default/run.sh" >&2; exit 2 ;;
+    *) sed -n '2,11p' "$0" >&2; exit 2 ;;
   esac
 done
 data=$(realpath "$data")
 mkdir -p "$output" && output=$(realpath "$output")
+cd "$(dirname "$0")/../.."
 
 sets="squad nq-para medquad-train pydocstring cosqa-train-small tldr nl2bash strategyqa-facts trivia-answers nqopen-answers
       clapnq-answers acl-title-abstract scifact"

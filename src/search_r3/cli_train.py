@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,11 @@ def _say_dropped(dropped: Any, json_: bool) -> None:
         err.print(f"left out: {count:,} ({escape(plain(f'{reason}; e.g. {dropped.samples[reason][0]}'))})")
 
 
+def _say_wrote(folder: Path) -> None:
+    name = escape(str(folder))
+    out.print(f"Wrote {name}. Measure it with: search-r3 eval DATASET -c {name}", soft_wrap=True)
+
+
 def _say_done(folder: Path, json_: bool) -> None:
     from accelerate import PartialState
 
@@ -146,8 +152,7 @@ def _say_done(folder: Path, json_: bool) -> None:
     elif json_:
         print_json({"model": str(folder)})
     else:
-        text = f"Wrote {escape(str(folder))}. Measure it with: search-r3 eval DATASET -c {escape(str(folder))}"
-        out.print(text, soft_wrap=True)
+        _say_wrote(folder)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Seen twice: all was written, and the process aborted while the interpreter was taken down (a thread of some
         # library's, perhaps), so that the launcher called the run failed.
@@ -182,8 +187,7 @@ def overlap(
         recipe = read_recipe(recipe_file, overrides or [])
         sources, dropped = load_examples(recipe.sources, read_held_out(recipe.held_out, data), data)
         report = overlaps(sources, tests, split)
-    names = " ".join(str(path) for path in tests)
-    page = markdown(report, f"search-r3 overlap {recipe_file} {names} --data {data}", dict(dropped.counts))
+    page = markdown(report, shlex.join(["search-r3", *sys.argv[1:]]), dict(dropped.counts))
     values = {"left_out": dict(dropped.counts), "sets": {name: asdict(row) for name, row in report.items()}}
     write_reports(outputs or [], values, page)
     print_json(values) if json_ else out.print(Markdown(page))
@@ -207,13 +211,14 @@ def mine(
     Example:  search-r3 mine data/squad -o data/squad/negatives.jsonl
     """
     need("train", "mining")
+    from search_r3.evaluate.baselines import bm25
     from search_r3.files import write_text
     from search_r3.train.data import dump
-    from search_r3.train.mining import Mining, lexical_search, model_search
+    from search_r3.train.mining import Mining, model_search
     from search_r3.train.mining import mine as find
 
     check_writable("--output", output)
-    searcher = lexical_search if index == "bm25" else model_search(load_model(index))
+    searcher = bm25 if index == "bm25" else model_search(load_model(index))
     with interruptible("nothing was written"):
         records = list(find(dataset, split, Mining(count, depth, skip, max_score_ratio), searcher))
     write_text(output, "".join(dump(record) for record in records))
@@ -274,13 +279,13 @@ def bootstrap(
         print_json(report) if json_ else out.print_json(data=report)
         return
     model = load_model(checkpoint, precision, device)
-    teacher = load_model(writer, precision, device) if writer else None
+    author = load_model(writer, precision, device) if writer else None
     from search_r3.train.bootstrap import RejectionSampling
     from search_r3.train.bootstrap import bootstrap as sample
 
     how = RejectionSampling(samples, temperature, max_new_tokens, seed, least_words, not keep_all)
     with interruptible(f"what was found is in {output}; the same command goes on"):
-        report = sample(model, dataset, output, how, split=split, limit=limit, documents=documents, writer=teacher)
+        report = sample(model, dataset, output, how, split=split, limit=limit, documents=documents, writer=author)
     print_json(report) if json_ else out.print_json(data=report)
 
 
@@ -317,9 +322,10 @@ def average(
 
     with loading("averaging"):
         manifest = mean(first, second, output, weight)
-    print_json({"output": str(output), "weights_sha256": manifest.weights_sha256}) if json_ else out.print(
-        f"Wrote {output}. Measure it with: search-r3 eval DATASET -c {output}", soft_wrap=True, highlight=False
-    )
+    if json_:
+        print_json({"output": str(output), "weights_sha256": manifest.weights_sha256})
+    else:
+        _say_wrote(output)
 
 
 plot = typer.Typer(no_args_is_help=True, help="Draw: the curves of a `run`, or a `map` of an index.")
@@ -339,6 +345,8 @@ def plot_run(
     from search_r3.train.plot import last_rollouts
     from search_r3.train.plot import plot as draw
 
+    if not run.is_dir():
+        raise DataError(f"{run}: no such folder; give the --output of search-r3 train")
     image = output or run / "curves.png"
     check_writable("--output", image, IMAGES)
     draw(run, image)

@@ -205,6 +205,17 @@ def test_the_tokens_of_a_control_are_those_that_are_read(model, small, monkeypat
     assert result.modes["control-fixed"].tokens == tokens
 
 
+def test_the_tokens_of_reasonings_are_those_that_are_read(model, small):
+    read = []
+    model.reason(["the prefix is read before"], max_new_tokens=4)
+    hook = model.engine.backbone.register_forward_pre_hook(
+        lambda module, given, named: read.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    (result,) = evaluate(model, [small], ["reason"], max_new_tokens=4, samples=3, limit=1)
+    hook.remove()
+    assert result.modes["reason"].tokens == sum(read[2:])  # before are the documents and the query alone
+
+
 def test_two_sets_of_one_name_are_refused(small, tmp_path):
     other = shutil.copytree(small, tmp_path / "elsewhere" / "small")
     with pytest.raises(DataError, match="two data sets are named 'small'"):

@@ -6,12 +6,13 @@ import pytest
 
 from search_r3 import SearchR3
 from search_r3.errors import DataError
+from search_r3.evaluate.baselines import bm25
 from search_r3.model.checkpoint import initialise
 from search_r3.model.reasoning import control_ids
 from search_r3.records import Reasoned, Status
 from search_r3.train.bootstrap import RejectionSampling, bootstrap, quote, whole
 from search_r3.train.data import _thoughts
-from search_r3.train.mining import Mining, lexical_search, mine, model_search
+from search_r3.train.mining import Mining, mine, model_search
 from tests.conftest import TEXTS
 from tests.train.conftest import write_set
 
@@ -38,7 +39,7 @@ def test_near_positives_and_positives_are_passed_over(root):
 
 
 def test_bm25_and_a_model_can_search(root, model):
-    for searcher in (lexical_search, model_search(model)):
+    for searcher in (bm25, model_search(model)):
         records = list(mine(root / "train", "train", Mining(), searcher, False))
         assert len(records) == 20
         assert all(record["query_id"][1:] != name[1:] for record in records for name in record["negatives"])
@@ -65,6 +66,8 @@ def test_bootstrap_keeps_what_helps_and_goes_on(tmp_path, model):
     assert bootstrap(model, folder, output, how, limit=3, progress=False)["queries"] == 3
     with pytest.raises(DataError, match=r"thoughts.jsonl: was made with another temperature, seed"):
         bootstrap(model, folder, output, replace(how, temperature=1.0, seed=1), progress=False)
+    with pytest.raises(DataError, match=r"was made with another dtype"):
+        bootstrap(SearchR3.from_pretrained(model.source, dtype="bfloat16"), folder, output, how, progress=False)
     (tmp_path / "thoughts.jsonl.settings.json").unlink()
     with pytest.raises(DataError, match="does not tell how it was made"):
         bootstrap(model, folder, output, how, progress=False)

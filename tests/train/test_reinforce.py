@@ -326,8 +326,10 @@ def rough(episode, outcome):
 def test_an_end_of_another_recipe_is_not_kept(rl, root, tmp_path):
     run(rl(), root, tmp_path / "run")
     before = weights(tmp_path / "run" / "model")
-    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.1: the model and the optimiser's"):
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.1: the model, its adapters"):
         run(rl(learning_rate=0.1), root, tmp_path / "run", resume=True, change=True)
+    with pytest.raises(TrainingError, match=r"lora\.alpha was 8, is 1: the model, its adapters"):
+        run(rl(lora={"alpha": 1}), root, tmp_path / "run", resume=True, change=True)
     other = shutil.copytree(rl().model, tmp_path / "other")
     with pytest.raises(TrainingError, match=r"model was .*, is .*other: .* start anew"):
         run(rl(model=str(other)), root, tmp_path / "run", resume=True, change=True)

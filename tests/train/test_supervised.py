@@ -391,6 +391,12 @@ def test_a_changed_recipe_or_data_is_refused(recipe, root, tmp_path):
     changed = recipe.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.001, is 0\.5"):
         train(prepare(changed, root), run, resume=True)
+    source = recipe.sources[0].model_copy(update={"weight": 2.0})
+    changed = recipe.model_copy(update={"sources": [source, *recipe.sources[1:]]})
+    with pytest.raises(TrainingError, match=r"began: sources\.0\.weight was 1\.0, is 2\.0; restore"):
+        train(prepare(changed, root), run, resume=True)
+    with pytest.raises(TrainingError, match=r"run\.json: cannot be a run's folder"):
+        claim(run / "run.json", "sft", recipe, "data", {}, resume=False, change=False)
     record = json.loads((run / "run.json").read_text())
     record["base"]["weights_sha256"] = "of others"
     (run / "run.json").write_text(json.dumps(record))

@@ -16,7 +16,7 @@ from search_r3.index.lexical import LexicalIndex
 from search_r3.records import Document
 
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
-"""Queries and k -> scores and numbers of the k best documents of each, (Q, k) each."""
+"""Queries and k -> scores and numbers of the k best documents of each, (Q, k) each; -inf and -1 beyond the last."""
 
 
 def bm25(documents: Sequence[Document]) -> Search:

@@ -285,15 +285,15 @@ def _run_model(
     result.reasoned = {
         name: reasoned[place * samples : (place + 1) * samples] for place, name in enumerate(result.queries)
     }
-    prompt_tokens = sum(map(len, engine.tails(texts, "reason", model.manifest.max_tokens.query))) + len(texts)
-    tokens = prompt_tokens + sum(len(r.token_ids) for r in reasoned)
+    control = control_ids(engine)
+    thoughts = [[token for token in r.token_ids if token not in control] for r in reasoned]
+    prompt_tokens = sum(map(len, engine.tails(texts, "reason", model.manifest.max_tokens.query)))
+    tokens = prompt_tokens + sum(len(thought) + 1 for thought in thoughts)  # each ends in the embedding token
     search("reason", vectors, seconds, tokens)
     search("reason-hybrid", vectors, seconds, tokens, texts)
     both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens
     search("fused", *both)
     search("fused-hybrid", *both, texts)
-    control = control_ids(engine)
-    thoughts = [[token for token in r.token_ids if token not in control] for r in reasoned]
     for mode in CONTROLS:
         fused = mode == "control-fixed" and "control-fused" in modes
         if not fused and mode not in modes:
@@ -303,7 +303,8 @@ def _run_model(
         started = time.perf_counter()
         asked = [text for text in texts for _ in range(samples)]
         vectors = mean_vectors(model.encode_reasoned(asked, stand_ins), samples)
-        seconds, tokens = time.perf_counter() - started, samples * prompt_tokens + sum(map(len, stand_ins))
+        seconds = time.perf_counter() - started
+        tokens = samples * prompt_tokens + sum(len(text) + 1 for text in stand_ins)
         search(mode, vectors, seconds, tokens)
         if fused:
             both = fuse_vectors(direct, vectors, fuse), seconds + direct_seconds, tokens + direct_tokens

@@ -16,9 +16,10 @@ from search_r3.model.checkpoint import AVERAGED, Manifest, Parent, load, resolve
 
 @torch.no_grad()
 def average(first: str | Path, second: str | Path, output: Path, weight: float = 0.5) -> Manifest:
-    """Write (1 - weight) * first + weight * second, with the prompts of the first, as a plain checkpoint.
+    """Write (1 - weight) * first + weight * second, with the default lengths of the first, as a plain checkpoint.
 
-    Raises CheckpointError for models of other shapes, prompts or embedding tokens, and if `output` exists.
+    Raises CheckpointError for models of other shapes, prompts or embedding tokens, a weight outside 0 to 1, and if
+    `output` exists.
     """
     if output.exists():
         raise CheckpointError(f"{output}: exists already; give a new folder")

@@ -79,6 +79,7 @@ def bootstrap(
     settings = asdict(how) | {"split": split, "documents": documents, "model": model.fingerprint}
     told = (writer or model).manifest
     settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
+    settings["dtype"] = [str(one.engine.model.dtype) for one in (model, writer or model)]
     _check_settings(output, settings, bool(done))
     control = control_ids((writer or model).engine)
     names = {query.id for query in collection.queries}

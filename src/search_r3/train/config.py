@@ -238,8 +238,8 @@ def _explain(error: ValidationError, kind: type[Strict]) -> str:
             model = _inner(model.model_fields[part].annotation)
     if hint := getattr(model, "elsewhere", {}).get(str(last)):
         return f"{place}: {hint}"
-    near = difflib.get_close_matches(str(last), model.model_fields, 1, 0)
-    return f"{place}: no such key; did you mean {near[0]}?" if near else f"{place}: no such key"
+    near = difflib.get_close_matches(str(last), model.model_fields, 1, cutoff=0)[0]
+    return f"{place}: no such key; did you mean {near}?"
 
 
 def _inner(annotation: Any) -> Any:

@@ -208,7 +208,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
             if self.recipe.backend == "ours" and group.decode_rows > group.samples:
                 also = f", or group.decode_rows (now {group.decode_rows}) if it is the writing that does not fit"
             raise TrainingError(
-                f"out of memory in step {self.state.global_step + 1}; halve group.micro (now {group.micro}){also}"
+                f"out of memory in step {self.state.global_step + 1}; halve group.micro (now {group.micro}){also}: "
+                "go on with --resume --allow-change --set group.micro=..."
             ) from error
 
     # --- loss ---------------------------------------------------------------------------------------------------------
@@ -271,8 +272,8 @@ class RetrievalGRPOTrainer(GRPOTrainer):
             loss = loss + weight * contrast / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated and the last "
-                "checkpoint is good. Lower learning_rate"
+                f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated. Start anew with a "
+                "lower learning_rate"
             )
         return loss
 

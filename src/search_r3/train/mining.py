@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from search_r3.evaluate.baselines import Search, bm25
 from search_r3.evaluate.collection import load_collection
+from search_r3.index.exact import ExactIndex
+from search_r3.model.search_r3 import SearchR3
 from search_r3.progress import Meter
+from search_r3.records import Document
 
-Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
-"""Texts and k -> scores (Q, k) and row numbers (Q, k), best first; -inf and -1 where there is nothing."""
 BLOCK = 256  # queries searched at once
 
 
@@ -36,16 +38,20 @@ class Mining:
 
 
 def mine(
-    folder: Path, split: str, how: Mining, searcher: Callable[[list[str]], Search], progress: bool | None = None
+    folder: Path,
+    split: str,
+    how: Mining,
+    searcher: Callable[[Sequence[Document]], Search] = bm25,
+    progress: bool | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A record `{"query_id", "negatives", "rank"}` for each judged query; rank is the best positive's, or null.
 
-    searcher: makes a search over the corpus texts. The score of a positive beyond `depth` is not known; its query's
+    searcher: makes a search over the corpus. The score of a positive beyond `depth` is not known; its query's
     candidates are all kept. Raises DataError for a broken data set.
     """
     collection = load_collection(folder, split)
     names = [document.id for document in collection.documents]
-    search = searcher([document.content for document in collection.documents])
+    search = searcher(collection.documents)
     with Meter("mine", len(collection.queries), "queries", progress) as meter:
         for start in range(0, len(collection.queries), BLOCK):
             block = collection.queries[start : start + BLOCK]
@@ -66,19 +72,11 @@ def mine(
             meter.advance(len(block), 0)
 
 
-def lexical_search(texts: list[str]) -> Search:
-    """BM25 over the texts."""
-    from search_r3.index.lexical import LexicalIndex
+def model_search(model: SearchR3) -> Callable[[Sequence[Document]], Search]:
+    """Direct search with a model of ours."""
 
-    return LexicalIndex.build(texts, range(len(texts))).search
-
-
-def model_search(model: Any) -> Callable[[list[str]], Search]:
-    """Direct search with a model of ours over the texts."""
-    from search_r3.index.exact import ExactIndex
-
-    def searcher(texts: list[str]) -> Search:
-        index = ExactIndex(model.encode_documents(texts, progress=None))
+    def searcher(documents: Sequence[Document]) -> Search:
+        index = ExactIndex(model.encode_documents(documents, progress=None))
         return lambda queries, k: index.search(model.encode_queries(queries), k)
 
     return searcher

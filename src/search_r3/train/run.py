@@ -49,6 +49,7 @@ METRICS = "metrics.jsonl"
 FINAL = "model"
 TABLE = "rollouts.jsonl"
 KEPT = ("versions", "commit", "changes", "base", "teacher_sha256")  # of run.json, when a run goes on
+STORED = ("model", "lora", "learning_rate", "weight_decay", "warmup")  # keys of what a checkpoint holds
 STATE = "trainer_state.json"  # the Trainer writes it last
 
 
@@ -68,9 +69,13 @@ def claim(
     """
     path, before, new = output / RUN, {"versions": versions(), "commit": _commit()}, recipe.model_dump()
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            taken = any(output.iterdir())
+        except OSError as error:
+            raise TrainingError(f"{output}: cannot be a run's folder ({error.strerror}); give a new one") from error
+        if taken:
             raise TrainingError(f"{output}: not empty and not a run; give a new folder")
-        output.mkdir(parents=True, exist_ok=True)
     else:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -91,11 +96,11 @@ def claim(
                 f"{output}: the recipe changed since this run began: {'; '.join(changed)}; "
                 "restore it, start anew, or resume with --allow-change"
             )
-        stored = [line for line in changed if line.startswith(("model", "learning_rate", "weight_decay", "warmup"))]
+        stored = [line for line in changed if line.startswith(STORED)]
         if stored:
             raise TrainingError(
-                f"{output}: {'; '.join(stored)}: the model and the optimiser's settings are part of a run's "
-                "checkpoints and cannot change in it; start anew"
+                f"{output}: {'; '.join(stored)}: the model, its adapters and the optimiser's settings are part of a "
+                "run's checkpoints and cannot change in it; start anew"
             )
         if changed:
             shutil.rmtree(output / FINAL, ignore_errors=True)  # the end of another recipe
@@ -120,6 +125,8 @@ def _commit() -> str | None:
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = ({str(number): value for number, value in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
@@ -330,8 +337,8 @@ class FiniteGradients(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite().all():
             raise TrainingError(
-                f"step {state.global_step + 1}: a gradient is not finite; nothing was updated and the last checkpoint "
-                "is good. Lower learning_rate, or train in float32"
+                f"step {state.global_step + 1}: a gradient is not finite; nothing was updated. Start anew with a lower "
+                "learning_rate, or go on with --resume --allow-change --set precision=float32"
             )
 
 

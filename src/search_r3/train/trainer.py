@@ -54,7 +54,8 @@ class SupervisedTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of memory in step {self.state.global_step + 1}; halve batch.chunk_tokens "
-                f"(now {self.recipe.batch.chunk_tokens}), which changes no result"
+                f"(now {self.recipe.batch.chunk_tokens}), which changes no result: go on with --resume --allow-change "
+                "--set batch.chunk_tokens=..."
             ) from error
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()  # the backward pass is only queued
@@ -140,8 +141,8 @@ class SupervisedTrainer(Trainer):
     def _not_finite(self, batch: StepBatch) -> None:
         names = ", ".join(f"{example.source}:{example.id}" for example in batch.examples[:8])
         raise TrainingError(
-            f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated and the last checkpoint "
-            f"is good. Lower learning_rate, or look at the batch: queries {names}, ..."
+            f"step {self.state.global_step + 1}: the loss is not finite; nothing was updated. Start anew with a lower "
+            f"learning_rate, or look at the batch: queries {names}, ..."
         )
 
     def _sum(self, count: int) -> Tensor:
