@@ -24,7 +24,7 @@ RUNS: dict[str, list[str]] = {
     "rewards shuffled": ["reward.shuffle=true"],
     "index frozen": ["environment.policy=frozen"],
     "index: own documents only": ["environment.policy=in_batch"],
-    "index: where the policy looked": ["environment.policy=local"],
+    "index: relevant documents and their neighbours": ["environment.policy=local"],
     "index: read repair, no drift map": ["environment.policy=read_repair"],
     "index: all again each step": ["environment.policy=full"],
 }

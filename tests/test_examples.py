@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from search_r3.evaluate.collection import load_collection
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -21,6 +23,19 @@ def test_scripts(name, words, checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
+
+
+def test_pairs_become_a_collection(tmp_path):
+    pairs = [{"query": f"query {n // 2}", "positives": [f"text {n}", "a text of all"]} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    subprocess.run(
+        [sys.executable, EXAMPLES / "pairs.py", tmp_path / "pairs.jsonl", tmp_path / "mine"], check=True, text=True
+    )
+    trained, tested = (load_collection(tmp_path / "mine", split) for split in ("train", "test"))
+    assert len(trained.documents) == len(tested.documents) == 41
+    assert (len(trained.queries), len(tested.queries)) == (18, 2)
+    assert not {query.text for query in trained.queries} & {query.text for query in tested.queries}
+    assert all(len(judged) == 3 for judged in trained.judgements.values())
 
 
 def test_the_notebook_runs_from_top_to_bottom(checkpoint, monkeypatch):

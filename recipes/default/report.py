@@ -211,7 +211,8 @@ def card(run: Path, data: Path, folder: Path, report: dict, budget: str, full: d
         "## How to repeat it",
         "",
         f"`recipes/default/run.sh --data data --output runs/default --budget {budget}` goes the same way and ends in",
-        f"such an adapter, of rank {config['r']}. How the default came about: `docs/training.md`.",
+        f"such an adapter, of rank {config['r']}. How the default came about, and what has changed since:",
+        "`docs/training.md`.",
         "",
         "License of the weights: Apache-2.0, as the base model's.",
     ]
