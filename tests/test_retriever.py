@@ -57,6 +57,21 @@ def test_reason_fuse_and_hybrid(retriever):
     assert [(h.id, pytest.approx(h.score, abs=1e-5)) for h in only.hits] == [(h.id, h.score) for h in direct.hits]
 
 
+def test_hybrid_scores_twice_as_many_by_words_as_by_vector(model, tmp_path, monkeypatch):
+    """What is second by both, and best by their sum, is found where one by vector and two by words are scored."""
+    monkeypatch.setattr("search_r3.retriever.FUSION_DEPTH", 1)
+    texts = {"vector": "nothing in common", "both": "alpha beta and some more", "words": "alpha beta"}
+    documents = [Document(name, text) for name, text in texts.items()]
+    rows = np.zeros((3, model.dimension), np.float32)
+    rows[:, 0] = 0.9, 0.8, 0.0
+    rows[:, 1] = np.sqrt(1 - rows[:, 0] ** 2)
+    query = np.eye(1, model.dimension, dtype=np.float32)
+    with Retriever.create(tmp_path / "index", model) as retriever:
+        retriever.store.put(documents, [(n, 0, len(d.text)) for n, d in enumerate(documents)], rows)
+        assert [hit.id for hit in retriever.search_vectors(query, 1)[0]] == ["vector"]
+        assert [hit.id for hit in retriever.search_vectors(query, 1, ["alpha beta"])[0]] == ["both"]
+
+
 def test_hybrid_adds_the_words_to_every_cosine(retriever, monkeypatch):
     query = "folder"
     cosines = (

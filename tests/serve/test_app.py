@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from search_r3.retriever import Retriever
 from search_r3.serve.app import Served, create_app
 from search_r3.serve.settings import Settings
 from search_r3.serve.worker import Worker
+from tests.serve.conftest import running
 
 
 def deep(levels: int) -> Any:
@@ -273,6 +277,39 @@ def test_a_million_wrong_things_are_one_error(client: TestClient) -> None:
         answer = client.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 422
         assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("halves", [(b'{"query": ', None), (b'{"query": ', b'"files"}')])
+def test_a_body_that_comes_too_slowly_is_refused(retriever: Retriever, halves: tuple[bytes, bytes | None]) -> None:
+    app = create_app([Served("manual", retriever)], Settings(timeout=0.5))
+    with running(app) as url, socket.create_connection(url.removeprefix("http://").split(":")) as connection:
+        head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 18\r\n\r\n"
+        first, second = halves
+        connection.sendall(head + first)
+        if second is not None:
+            time.sleep(0.1)
+            connection.sendall(second)
+        connection.settimeout(10)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408" if second is None else b"HTTP/1.1 200")
+
+
+def test_a_client_that_goes_away_is_thought_for_no_more(retriever: Retriever) -> None:
+    app = create_app([Served("manual", retriever)], Settings(timeout=20))
+    body = json.dumps({"query": "files", "reason": True, "max_new_tokens": 1024}).encode()
+    head = "POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+    with running(app) as url:
+        with socket.create_connection(url.removeprefix("http://").split(":")) as connection:
+            connection.sendall(head.format(len(body)).encode() + body)
+            wait_until(lambda: app.state.worker.waiting > 0)
+        wait_until(lambda: app.state.worker.waiting == 0)
+        assert not app.state.worker._known  # what was thought to the end would be kept
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_slow_answers_are_given_up(retriever: Retriever) -> None:

@@ -87,6 +87,40 @@ def test_a_large_request_lets_small_ones_through(model: SearchR3) -> None:
     working(test, batch=8)
 
 
+def test_a_pass_holds_no_more_than_it_may(model: SearchR3) -> None:
+    async def test(worker: Worker, passes: Passes) -> None:
+        await worker.embed(model, 64, ["word " * 20] * 6)  # about 25 tokens each, of which 60 may be in a pass
+        assert [texts for _, texts in passes.seen] == [2, 2, 2]
+        passes.seen.clear()
+        await worker.embed(model, 64, ["word " * 60, "a"])  # more than may be, by itself
+        assert [texts for _, texts in passes.seen] == [1, 1]
+        passes.seen.clear()
+        held = Held(worker)
+        await held.begun()
+        asked = [
+            ("a", 1, 2),
+            ("b", 1, 2),
+            ("g", 1, 2),
+            ("c", 2, 1),
+            ("d", 2, 1),
+            ("e", 2, 1),
+            ("f", 2, 5),
+        ]  # text, tokens, samples
+        tasks = [asyncio.ensure_future(worker.think(model, t, m, samples=n)) for t, m, n in asked]
+        await asyncio.sleep(0)
+        await held.release()
+        await asyncio.gather(*tasks)
+        await worker.call(lambda: None)
+        assert passes.seen == [
+            ("reason", 4),
+            ("reason", 2),
+            ("reason", 3),
+            ("reason", 5),
+        ]  # 4 rows of one kind, or one query
+
+    working(test, batch_tokens=60, thinkers=4)
+
+
 def test_texts_are_embedded_between_the_tokens_of_a_reasoning(model: SearchR3) -> None:
     async def test(worker: Worker, passes: Passes) -> None:
         thinking = asyncio.Event()

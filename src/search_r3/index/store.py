@@ -519,7 +519,6 @@ class Store:
         with self._path.open("r+b") as file:
             file.seek(self.rows * self._stride)
             file.write(block.data)
-            file.truncate()  # what an interrupted batch left behind
             file.flush()
             os.fsync(file.fileno())
 
