@@ -315,7 +315,7 @@ def search(
 
 def _filters(given: list[str]) -> dict[str, Any]:
     """What each field may be: values, as text and, where they can be one, as a number, true or false; or bounds."""
-    from search_r3.index.store import BOUNDS
+    from search_r3.index.filters import BOUNDS
 
     names = {sign: name for name, sign in BOUNDS.items()}
     filters: dict[str, Any] = {}

@@ -31,8 +31,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search_r3.errors import DataError, StoreError
+from search_r3.errors import StoreError
 from search_r3.files import given_path, new_folder, write_text
+from search_r3.index.filters import condition
 from search_r3.passages import Splitting
 from search_r3.records import Document
 
@@ -56,9 +57,6 @@ _ADVICE = {  # by a part of SQLite's message
     "readonly": "give this user the right to write there: readers take locks, too",
     "unable to open": "give this user the right to write there: readers take locks, too",
 }
-_INT64 = 1 << 63
-BOUNDS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
-"""What a filter may ask of a field besides equality."""
 _DAMAGED = "restore it, or index again into a new folder"
 
 
@@ -358,12 +356,12 @@ class Store:
         """(rows,) bool: passages whose document's metadata is as wanted, in every field.
 
         A value is wanted as it is, a list means any of its values, and bounds such as `{"gte": 1979, "lt": 1990}` all
-        hold; of `BOUNDS`, numbers bound numbers, also those written as text, and text bounds text (ISO dates). A field
-        that is a list has each of its elements. Raises DataError for what no metadata field can be.
+        hold (gt, gte, lt, lte): numbers bound numbers, also those written as text, and text bounds text (ISO dates). A
+        field that is a list has each of its elements. Raises DataError for what no metadata field can be.
         """
         found = self.alive.copy()
         for key, wanted in where.items():
-            test, values = _test(key, wanted)
+            test, values = condition(key, wanted)
             with self._errors():
                 rows = self._db.execute(
                     "SELECT row FROM passages WHERE document IN ("
@@ -558,32 +556,6 @@ class Store:
                 f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "
                 "mend this and run again"
             ) from error
-
-
-def _test(key: str, wanted: Any) -> tuple[str, list[Any]]:
-    """SQL that is true of a metadata value, `{0}`, that is wanted, and the values of its marks."""
-    bounds = isinstance(wanted, Mapping)
-    asked = list(wanted.values() if bounds else wanted if isinstance(wanted, list | tuple) else [wanted])
-    for value in asked:
-        usable = -_INT64 <= value < _INT64 if isinstance(value, int) else isinstance(value, str | float)
-        if not usable or (bounds and isinstance(value, bool)):
-            kinds = "text or number of 64 bits" if bounds else "text, number of 64 bits, true or false"
-            raise DataError(f"where: field {key!r}: {value!r} is no {kinds}")
-    if not bounds:
-        # SQLite reads true as 1, which is another value; bytes equal no text
-        values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
-        plain = "CASE WHEN {0}.type IN ('true', 'false') THEN CAST({0}.type AS BLOB) ELSE {0}.value END"
-        return f"{plain} IN ({','.join('?' * len(values))})", values
-    if not asked or not BOUNDS.keys() >= wanted.keys():
-        raise DataError(f"where: field {key!r}: {dict(wanted)} are no bounds; give some of {', '.join(BOUNDS)}")
-    tests = []
-    for name, bound in wanted.items():
-        if isinstance(bound, str):
-            tests.append(f"({{0}}.type = 'text' AND {{0}}.value {BOUNDS[name]} ?)")
-        else:  # compared with a NUMERIC, SQLite takes text that is a number for one; other text is above all numbers
-            number = f"{{0}}.value {BOUNDS[name]} CAST(? AS NUMERIC) AND {{0}}.value <= CAST(9e999 AS NUMERIC)"
-            tests.append(f"({{0}}.type IN ('integer', 'real', 'text') AND {number})")
-    return f"({' AND '.join(tests)})", asked
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
