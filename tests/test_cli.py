@@ -109,7 +109,16 @@ def test_search_is_filtered_by_metadata(run, checkpoint, tmp_path):
     assert found("year>=2024", "year<2025") == {"d0", "d1"}
     assert found("lang>de") == {"d0"}
     assert found("year<=2023") == set()
-    for given, told in ((["lang"], "--where lang: must be FIELD=VALUE"), (["a=1", "a>1"], "a has a value and bounds")):
+    assert found(" year >= 2024 ", "lang==de") == {"d1"}
+    assert found('year>="2"') == {"d1"}  # text, of text
+    assert found('year="2024"') == {"d1"}
+    for given, told in (
+        (["lang"], "--where lang: must be FIELD=VALUE"),
+        (["year<"], "--where year<: must be FIELD=VALUE"),
+        *(([spelt], "must be FIELD=VALUE") for spelt in ("year=>1", "year<>1", "year!=1", ">=1", "=1")),
+        (["a=1", "a>1"], "a has a value and bounds"),
+        (["a>1", "a>2"], "a has such a bound already"),
+    ):
         code, _, error = run("search", tmp_path / "i", "q", *[o for item in given for o in ("--where", item)])
         assert (code, told in error) == (2, True)
 
@@ -226,6 +235,9 @@ def test_bad_records_stop_or_are_skipped_and_nothing_is_lost(run, corpus, checkp
         (["serve", "i", "--allow-host", "x.org:80"], "--allow-host x.org:80: leave out the port"),
         (["serve", "i", "--origin", "https://x.org/"], "--origin https://x.org/: give scheme, host and port"),
         (["serve", "nowhere"], "nowhere: no index here"),
+        (["serve", "nowhere", "-c", "x"], "--checkpoint is for --create"),
+        (["serve", "new", "/", "--create"], "no index here"),
+        (["serve", "x" * 300, "--create"], "not a usable path"),
         (["bootstrap", "set", "-o", "out.jsonl", "--quote", "--writer", "base"], "--writer: not with --quote"),
         (["embed", "x", "--npy", "nowhere/v.npy"], "--npy nowhere/v.npy: cannot be written"),
         (["plot", "run", "nowhere"], "nowhere: no such folder; give the --output of search-r3 train"),

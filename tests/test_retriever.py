@@ -40,6 +40,7 @@ def test_a_document_finds_itself(retriever):
 
 
 def test_documents_are_given_back(retriever):
+    assert retriever
     assert len(retriever) == len(DOCUMENTS)
     assert retriever.get(["2", "nowhere", "0"]) == [DOCUMENTS[2], DOCUMENTS[0]]
     with pytest.raises(TypeError, match="put it into a list"):

@@ -254,7 +254,8 @@ def search(
         list[str] | None,
         typer.Option(
             help="FIELD=VALUE: only documents with this metadata; of one field given again, any value. Also "
-            "'FIELD>=VALUE', '>', '<' and '<=': all of them hold."
+            "'FIELD>=VALUE', '>', '<' and '<=': all of them hold. Text that looks like a number goes in quotes: "
+            "'date>=\"2026\"'."
         ),
     ] = None,
     kind: IndexChoice = Kind.exact,
@@ -320,22 +321,25 @@ def _filters(given: list[str]) -> dict[str, Any]:
     names = {sign: name for name, sign in BOUNDS.items()}
     filters: dict[str, Any] = {}
     for item in given:
-        parts = re.fullmatch(r"(.+?)(>=|<=|[=<>])(.*)", item, re.DOTALL)
-        if parts is None:
+        parts = re.fullmatch(r"\s*([^=<>]*[^=<>!\s])\s*(>=|<=|==|[=<>])\s*(|[^=<>].*)", item, re.DOTALL)
+        if parts is None or (parts[2] in names and not parts[3]):
             raise DataError(f"--where {item}: must be FIELD=VALUE, such as lang=en, or bounds, such as 'year>=1979'")
         field, sign, text = parts.groups()
         value: Any = text
         with suppress(ValueError):
             read = json.loads(text)
-            if isinstance(read, bool | float) or (isinstance(read, int) and abs(read) < 2**63):
+            if isinstance(read, bool | float | str) or (isinstance(read, int) and abs(read) < 2**63):
                 value = read
-        wanted = filters.setdefault(field, [] if sign == "=" else {})
-        if isinstance(wanted, dict) != (sign != "="):
+        bound = names.get(sign)
+        wanted = filters.setdefault(field, {} if bound else [])
+        if isinstance(wanted, dict) != bool(bound):
             raise DataError(f"--where {item}: {field} has a value and bounds; give one kind")
-        if isinstance(wanted, dict):
-            wanted[names[sign]] = value
-        else:
-            wanted += [text] if value is text else [text, value]
+        if bound in wanted:
+            raise DataError(f"--where {item}: {field} has such a bound already; give one")
+        if bound:
+            wanted[bound] = value
+        else:  # a quoted value is text and nothing else
+            wanted += [value] if value is text or isinstance(value, str) else [text, value]
     return filters
 
 

@@ -29,6 +29,7 @@ from search_r3.cli_common import (
 )
 from search_r3.errors import DataError
 from search_r3.extras import need
+from search_r3.files import given_path, vacant
 
 
 def serve(
@@ -39,8 +40,8 @@ def serve(
         bool, typer.Option("--create", help="Make what does not exist yet: an empty index, to be filled over HTTP.")
     ] = False,
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", "-c", help="With --create: the model of a new index.")
-    ] = "default",
+        str | None, typer.Option("--checkpoint", "-c", help="With --create: the model of a new index; else 'default'.")
+    ] = None,
     kind: IndexChoice = Kind.exact,
     qdrant: QdrantUrl = None,
     precision: Arithmetic = Precision.auto,
@@ -75,7 +76,7 @@ def serve(
     need("serve", "serving")
     import uvicorn
 
-    from search_r3.index.store import MANIFEST, Store
+    from search_r3.index.store import Store
     from search_r3.model.search_r3 import SearchR3
     from search_r3.retriever import Retriever
     from search_r3.serve.app import Served, create_app
@@ -107,7 +108,10 @@ def serve(
     if key is None and not local:
         err.print("[yellow]anyone on the network can read and change these indexes:[/yellow] set SEARCH_R3_API_KEY")
     search = index_kind(kind, qdrant)
-    new = [folder for folder in folders if create and not (folder / MANIFEST).exists()]
+    if checkpoint and not create:
+        raise DataError("--checkpoint is for --create: an index is served by the model that made it; leave it out")
+    folders = [given_path(folder) for folder in folders]
+    new = [folder for folder in folders if create and vacant(folder)]
     for folder in folders:  # a folder that is no index fails before a model is loaded
         if folder not in new:
             Store.open(folder, verify=False).close()
@@ -117,9 +121,9 @@ def serve(
             # A client that does not read is cut off, and what it did not read is freed.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
         if new:
-            model = load_model(checkpoint, precision, device, None, prompt_file, embed_token)
+            model = load_model(checkpoint or "default", precision, device, None, prompt_file, embed_token)
             for folder in new:
-                with Retriever.open_or_create(folder, model) as made:
+                with Retriever.create(folder, model) as made:
                     stored = made.store.manifest
                 models[stored.checkpoint, stored.fingerprint, stored.dimension] = model
         served = []

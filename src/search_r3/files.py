@@ -58,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises FileExistsError if `path` exists and is not an empty folder, and OSError where another disk is mounted there.
     """
     path = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not vacant(path):
         raise FileExistsError(f"{path} exists already")
     if path.is_mount():
         raise OSError(errno.EBUSY, "a disk is mounted there; name a folder inside it", str(path))
@@ -74,6 +74,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def vacant(path: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def given_path(text: str | Path) -> Path:

@@ -15,7 +15,7 @@ from uuid import uuid4
 import numpy as np
 
 from search_r3.errors import DataError, StoreError, refuse_string
-from search_r3.files import given_path, new_folder
+from search_r3.files import given_path, new_folder, vacant
 from search_r3.index.base import Index
 from search_r3.index.exact import ExactIndex
 from search_r3.index.graph import GraphIndex
@@ -167,7 +167,7 @@ class Retriever:
     ) -> Retriever:
         """`open` if the folder holds an index, else `create`. Settings given must equal those of an existing index."""
         folder = given_path(Path(folder) / MANIFEST).parent
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if vacant(folder):
             return cls.create(
                 folder, model, splitting=splitting, max_tokens=max_tokens, dtype=dtype or "float32", kind=kind
             )
@@ -298,6 +298,9 @@ class Retriever:
         """Number of documents."""
         with self.store.reading():
             return len(self.store)
+
+    def __bool__(self) -> bool:
+        return True  # an empty index is one
 
     def index(self) -> Index:
         """The search structure over the store's present content; a graph is built when it is first needed."""

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from search_r3.errors import StoreError
+from search_r3.errors import DataError, StoreError
 from search_r3.index.exact import ExactIndex
 from search_r3.index.store import Store, StoreManifest
 from search_r3.records import Document
@@ -113,6 +113,12 @@ def test_a_restored_backup_is_copied_anew(store, tmp_path):
 )
 def test_filters(store, where):
     same(store, RemoteIndex(connect(":memory:"), "mine", store), where=where)
+
+
+@pytest.mark.parametrize("bounds", [{"gte": "2025"}, {"from": 1}])
+def test_bounds_that_qdrant_does_not_have_are_refused(store, bounds):
+    with pytest.raises(DataError, match="Qdrant's bounds are numbers, some of gt, gte, lt, lte"):
+        RemoteIndex(connect(":memory:"), "mine", store).search(np.ones((1, store.manifest.dimension)), 1, {"n": bounds})
 
 
 def test_a_retriever_searches_in_it(model, tmp_path):

@@ -11,12 +11,15 @@ from search_r3.errors import DataError
 BOUNDS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 """What a filter may ask of a field besides equality."""
 INT64 = 1 << 63  # SQLite's integers lie below
+MOST = 30_000  # values of a field; SQLite takes a few more
 
 
 def condition(key: str, wanted: Any) -> tuple[str, list[Any]]:
-    """SQL that is true of a metadata value, `{0}`, that is wanted, and the values of its marks."""
+    """SQL that is true of a metadata value, `{0}`, that is wanted, and the values of its marks, which count from 2."""
     bounds = isinstance(wanted, Mapping)
     asked = list(wanted.values() if bounds else wanted if isinstance(wanted, list | tuple) else [wanted])
+    if len(asked) > MOST:
+        raise DataError(f"where: field {key!r}: {len(asked)} values are more than {MOST}; ask for fewer at once")
     for value in asked:
         usable = -INT64 <= value < INT64 if isinstance(value, int) else isinstance(value, str | float)
         if not usable or (bounds and isinstance(value, bool)):
@@ -26,14 +29,14 @@ def condition(key: str, wanted: Any) -> tuple[str, list[Any]]:
         # SQLite reads true as 1, which is another value; bytes equal no text
         values = [json.dumps(value).encode() if isinstance(value, bool) else value for value in asked]
         plain = "CASE WHEN {0}.type IN ('true', 'false') THEN CAST({0}.type AS BLOB) ELSE {0}.value END"
-        return f"{plain} IN ({','.join('?' * len(values))})", values
+        return f"{plain} IN ({','.join(f'?{mark}' for mark in range(2, len(values) + 2))})", values
     if not asked or not BOUNDS.keys() >= wanted.keys():
         raise DataError(f"where: field {key!r}: {dict(wanted)} are no bounds; give some of {', '.join(BOUNDS)}")
     tests = []
-    for name, bound in wanted.items():
+    for mark, (name, bound) in enumerate(wanted.items(), 2):
         if isinstance(bound, str):
-            tests.append(f"({{0}}.type = 'text' AND {{0}}.value {BOUNDS[name]} ?)")
+            tests.append(f"({{0}}.type = 'text' AND {{0}}.value {BOUNDS[name]} ?{mark})")
         else:  # compared with a NUMERIC, SQLite takes text that is a number for one; other text is above all numbers
-            number = f"{{0}}.value {BOUNDS[name]} CAST(? AS NUMERIC) AND {{0}}.value <= CAST(9e999 AS NUMERIC)"
+            number = f"{{0}}.value {BOUNDS[name]} CAST(?{mark} AS NUMERIC) AND {{0}}.value <= CAST(9e999 AS NUMERIC)"
             tests.append(f"({{0}}.type IN ('integer', 'real', 'text') AND {number})")
     return f"({' AND '.join(tests)})", asked

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from search_r3.errors import StoreError, first_line
+from search_r3.errors import DataError, StoreError, first_line
 from search_r3.extras import need
 from search_r3.files import write_json
+from search_r3.index.filters import BOUNDS
 from search_r3.index.store import Store
 
 BATCH = 256  # rows in one request
@@ -218,6 +219,8 @@ def _match(value: Any) -> Any:
     from qdrant_client import models
 
     if isinstance(value, Mapping):
+        if not BOUNDS.keys() >= value.keys() or not all(isinstance(bound, int | float) for bound in value.values()):
+            raise DataError(f"where: {dict(value)}: Qdrant's bounds are numbers, some of {', '.join(BOUNDS)}")
         return {"range": models.Range(**value)}
     if isinstance(value, float):
         return {"range": models.Range(gte=value, lte=value)}

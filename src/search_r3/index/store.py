@@ -31,7 +31,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search_r3.errors import StoreError
+from search_r3.errors import DataError, StoreError
 from search_r3.files import given_path, new_folder, write_text
 from search_r3.index.filters import condition
 from search_r3.passages import Splitting
@@ -366,9 +366,9 @@ class Store:
                 rows = self._db.execute(
                     "SELECT row FROM passages WHERE document IN ("
                     "SELECT documents.id FROM documents, json_each(metadata) AS field "
-                    f"WHERE field.key = ? AND ({test.format('field')} OR EXISTS (SELECT 1 FROM json_each("
+                    f"WHERE field.key = ?1 AND ({test.format('field')} OR EXISTS (SELECT 1 FROM json_each("
                     f"CASE field.type WHEN 'array' THEN field.value END) AS item WHERE {test.format('item')})))",
-                    [key, *values, *values],
+                    [key, *values],
                 ).fetchall()
             these = np.zeros_like(found)
             these[[row for (row,) in rows if row < self.rows]] = True
@@ -551,6 +551,8 @@ class Store:
             raise StoreError(
                 f"{self.folder}/records.sqlite: {text}; what was stored before is kept; {advice}"
             ) from error
+        except UnicodeEncodeError as error:
+            raise DataError(f"{error.object!r}: {error.reason}") from error
         except OSError as error:
             raise StoreError(
                 f"{error.filename or self.folder}: {error.strerror or error}; what was stored before is kept; "

@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -45,7 +46,6 @@ from search_r3.serve.schemas import (
     IndexOut,
     MapRequest,
     MapResponse,
-    Name,
     Point,
     Reasoning,
     SearchRequest,
@@ -65,6 +65,13 @@ _EITHER = {  # fields of several kinds, of which an error names one
 }
 _KINDS = ("body", "path", "str", "int", "float", "bool")  # in places of errors, not fields' names
 logger = logging.getLogger("search_r3.serve")
+
+
+class _Whole(PathConvertor):
+    regex = "(?s:.*)"  # to the very end: `path` leaves out a last newline, and so means another document
+
+
+register_url_convertor("whole", _Whole())
 
 
 @dataclass(slots=True, eq=False)
@@ -323,8 +330,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             total.unchanged += plan.report.unchanged
         return total
 
-    @app.get("/documents/{document:path}", tags=["documents"])
-    async def read(document: Name, index: str | None = None) -> DocumentOut:
+    @app.get("/documents/{document:whole}", tags=["documents"])
+    async def read(document: str, index: str | None = None) -> DocumentOut:
         """A document, whole."""
         retriever = chosen(index).retriever
         found = await worker.call(lambda: retriever.get([document]))
@@ -332,8 +339,8 @@ def create_app(indexes: Sequence[Served], settings: Settings | None = None) -> F
             raise UnknownError("no document of this id in this index")
         return DocumentOut(**asdict(found[0]))
 
-    @app.delete("/documents/{document:path}", tags=["documents"])
-    async def delete(document: Name, index: str | None = None) -> Deleted:
+    @app.delete("/documents/{document:whole}", tags=["documents"])
+    async def delete(document: str, index: str | None = None) -> Deleted:
         """Remove a document; one that is not there is no error."""
         retriever = chosen(index).retriever
         return Deleted(deleted=await worker.call(lambda: retriever.delete([document])))
@@ -413,7 +420,7 @@ def _handle_errors(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             place = ""  # where in the text, not a field
         told = str(first["msg"])
-        if told.startswith("Input should be a valid"):
+        if told.startswith("Input should be a valid") or first["type"] == "extra_forbidden":
             told = _EITHER.get(place.split(".")[0], told)
         message = f"{place}: {told}" if place else told
         if first["type"] == "model_attributes_type" and not place:

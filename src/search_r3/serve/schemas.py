@@ -127,13 +127,13 @@ class Bounds(Model):
 
     @model_validator(mode="after")
     def _some(self) -> Bounds:
-        if not self.model_fields_set or None in self.given().values():
+        if not self.given():
             raise ValueError("holds no bounds: give some of gt, gte, lt, lte")
         return self
 
     def given(self) -> dict[str, Any]:
         """As `Store.matching` takes them."""
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump(exclude_none=True)
 
 
 class SearchRequest(Model):

@@ -194,14 +194,17 @@ def _mean_reciprocal(records: list[dict[str, Any]], field: str) -> float:
 
 
 def _check_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
-    """Note how a file's records are drawn, or raise DataError where those it holds were drawn otherwise."""
+    """Note how a file's records are drawn, or raise DataError where those it holds were drawn otherwise.
+
+    What an older version did not note is not held against a file.
+    """
     path = output.with_name(f"{output.name}.settings.json")
     if not begun:
         write_json(path, settings)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in settings.items() if before[name] != value]
+        changed = [name for name, value in settings.items() if name in before and before[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{output}: {path.name} does not tell how it was made ({error}); remove both") from error
     if changed:
