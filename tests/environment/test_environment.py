@@ -136,6 +136,24 @@ def test_read_repair_with_drift_is_nearer_to_the_truth_than_what_it_replaces():
     assert errors["read_repair+drift"] < 0.2 * min(errors["frozen"], errors["random"])
 
 
+def test_a_step_that_fails_is_none():
+    environment, encoder = make(audit_every=2)
+    for tick in (1, 2):
+        encoder.tick = tick
+        names, vectors = rollouts(encoder, seed=tick)
+        if tick == 2:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(environment, "_rank", lambda *_: [][0])
+                with pytest.raises(IndexError):
+                    environment.step(names, vectors)
+            assert (environment.steps, environment.model_step, environment.last_audit) == (1, 1, None)
+        environment.step(names, vectors)
+    assert (environment.steps, environment.model_step) == (2, 2)
+    assert environment.last_audit.model_step == 2
+    assert environment.ages.max() == 2
+    assert environment.ages.min() == 0
+
+
 def test_drift_is_learnt_where_there_is_one_and_only_there():
     rng = np.random.default_rng(0)
     old = unit(rng.normal(size=(200, WIDTH)))

@@ -146,24 +146,33 @@ class RetrievalEnvironment:
             if now < self.model_step:
                 raise DataError(f"model_step {now} lies before the last one, {self.model_step}")
             advanced = now > self.model_step  # more rollouts of the same weights are no new step
-            self.steps += advanced
-            self.model_step = now
-            if self.policy.sample:
-                self._sample(index, vectors)
-            wanted = self._wanted(index, query_ids, vectors)
-            if wanted is not None:
-                spent = self.config.sample if self.policy.sample else 0.0
-                rows = by_priority(wanted, self.ages, self.lengths)
-                limit = np.inf if self.policy.everything or self.policy.relevant_only else self.budget * (1 - spent)
-                self._refresh(index, within_budget(rows, self.lengths, limit))
-            index.maintain(self._rng)
-            outcomes = self._rank(index, query_ids, vectors)
-            self._last = list(query_ids), vectors, outcomes
-            if self.config.audit_every and advanced and self.steps % self.config.audit_every == 0:
-                self.last_audit = self.audit()
-                if self._controller is not None:
-                    self.budget, self.bound_held = self._controller.adjust(self.budget, self.last_audit.reward_error)
-            return outcomes
+            before = self.steps, self.model_step
+            self.steps, self.model_step = self.steps + advanced, now
+            try:
+                return self._step(index, query_ids, vectors, advanced)
+            except BaseException:
+                self.steps, self.model_step = before  # the call again is the same step
+                raise
+
+    def _step(
+        self, index: EvolvingIndex, query_ids: Sequence[str], vectors: np.ndarray, advanced: bool
+    ) -> list[Outcome]:
+        if self.policy.sample:
+            self._sample(index, vectors)
+        wanted = self._wanted(index, query_ids, vectors)
+        if wanted is not None:
+            spent = self.config.sample if self.policy.sample else 0.0
+            rows = by_priority(wanted, self.ages, self.lengths)
+            limit = np.inf if self.policy.everything or self.policy.relevant_only else self.budget * (1 - spent)
+            self._refresh(index, within_budget(rows, self.lengths, limit))
+        index.maintain(self._rng)
+        outcomes = self._rank(index, query_ids, vectors)
+        self._last = list(query_ids), vectors, outcomes
+        if self.config.audit_every and advanced and self.steps % self.config.audit_every == 0:
+            self.last_audit = self.audit()
+            if self._controller is not None:
+                self.budget, self.bound_held = self._controller.adjust(self.budget, self.last_audit.reward_error)
+        return outcomes
 
     def report(self) -> dict[str, float]:
         """Figures for a training log: ages, tokens, and what the last audit found."""
