@@ -59,6 +59,11 @@ def test_folder_of_files(tmp_path, caplog):
     assert caplog.messages[1].endswith("c.txt: empty, passed over")
 
 
+def test_line_ends_of_windows_are_none_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+    assert [document.text for document in read_documents(tmp_path)] == ["one\ntwo"]
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")

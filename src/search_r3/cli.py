@@ -223,8 +223,11 @@ def _encoder(
     if engine is Engine.local:
         return nullcontext()
     from search_r3.distributed import RayEncoder
+    from search_r3.model.checkpoint import lasting_name
 
-    encoder = RayEncoder(model.source, workers=workers, dtype=precision.value, device=device, dims=model.dimension)
+    encoder = RayEncoder(
+        lasting_name(model.source), workers=workers, dtype=precision.value, device=device, dims=model.dimension
+    )
     if encoder.fingerprint != model.fingerprint:
         encoder.close()
         raise DataError("--engine ray: the workers' model is another one; give a checkpoint folder, without --prompts")

@@ -311,7 +311,7 @@ def _files(root: Path, files: Iterable[Path], on_bad: Callable[[DataError], None
         try:
             if not file.is_file():
                 continue
-            text = file.read_bytes().decode("utf-8-sig")
+            text = file.read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError) as error:
             what = f"byte {error.start + 1} is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
             bad = DataError(f"{file}: {what}; convert or remove the file")

@@ -3,6 +3,8 @@
 The command line prints them as one line and exits with status 2; anything else is a bug and shows its traceback.
 """
 
+from collections.abc import Sequence
+
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its type's name where it says nothing."""
@@ -36,6 +38,16 @@ class MissingExtraError(SearchR3Error):
 
 class TrainingError(SearchR3Error):
     """A recipe that cannot be run, or a run that cannot go on."""
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises TypeError for one text in place of several, DataError for one that cannot be tokenised."""
+    refuse_string(texts)
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # undecodable bytes, kept by Python as lone surrogates
+            raise DataError(f"text number {number} is not UTF-8; convert it") from None
 
 
 def refuse_string(texts: object) -> None:

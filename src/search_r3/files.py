@@ -57,7 +57,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises FileExistsError if `path` exists and is not an empty folder, and OSError where another disk is mounted there.
     """
-    path = path.resolve()
+    path = given_path(path).resolve()
     if not vacant(path):
         raise FileExistsError(f"{path} exists already")
     if path.is_mount():

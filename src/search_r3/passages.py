@@ -50,7 +50,9 @@ def split(document: Document, tokenizer: Any, splitting: Splitting) -> Iterator[
     if splitting.tokens == 0 or len(text.encode()) <= splitting.tokens or not text.strip():
         yield 0, len(text)
         return
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     offsets = encoded["offset_mapping"]
     if len(offsets) <= splitting.tokens:
         yield 0, len(text)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -390,6 +391,27 @@ def test_another_index_in_its_place_is_not_touched(store, remove_only, locked):
     if not remove_only:
         with Store.open(store.folder) as other:
             assert list(other.ids()) == ["b", "c"]
+
+
+def test_a_disk_without_locks_is_named(store, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("search_r3.index.store.fcntl.flock", flock)
+    with pytest.raises(StoreError, match=r"cannot be locked \(No locks available\); put the index on a disk that has"):
+        put(store, "a")
+
+
+def test_a_long_document_is_read_once(store, monkeypatch):
+    ranges = [(n // 3, n, n + 1) for n in range(6)]
+    store.put([Document(name, "a long text") for name in "ab"], ranges, np.ones((6, WIDTH), np.float32))
+    read, documents = [], store.documents
+    monkeypatch.setattr(store, "documents", lambda ids: read.extend(ids) or documents(ids))
+    assert [(row, passage.document.id, passage.text) for row, passage in store.scan()] == [
+        (n, "ab"[n // 3], "a long text"[n]) for n in range(6)
+    ]
+    assert [passage.text for passage in store.get([5, 0, 4])] == ["g", "a", "n"]
+    assert sorted(read) == ["a", "a", "b", "b"]
 
 
 def test_one_writer_at_a_time_and_readers_see_commits(store):

@@ -1,5 +1,7 @@
+import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +46,41 @@ def test_save_and_load_keep_vectors_and_prompts(model, tmp_path):
     assert again.fingerprint == model.fingerprint == manifest.fingerprint
     with pytest.raises(FileExistsError):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_rounded_weights_are_not_saved(checkpoint, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"rounded to torch\.bfloat16 cannot be saved; load it with dtype float32"
+    ):
+        SearchR3.from_pretrained(checkpoint, dtype="bfloat16").save_pretrained(tmp_path / "saved")
+
+
+def test_a_home_folder_is_the_same_for_making_and_opening(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("~/saved")
+    assert SearchR3.from_pretrained("~/saved").fingerprint == model.fingerprint
+    with Retriever.create("~/index", model) as retriever:
+        assert retriever.store.folder == tmp_path / "index"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "llama has layers of linear_attention; take a plain"),
+        ({"final_logit_softcapping": 30.0}, r"llama scales its logits \(final_logit_softcapping\)"),
+        ({"model_type": "ours", "auto_map": {"AutoConfig": "mine.Config"}}, "cannot load the model"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused(base_folder, tmp_path, monkeypatch, more, message):
+    folder = shutil.copytree(base_folder, tmp_path / "copy")
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | more))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # nobody is asked
+    with pytest.raises(CheckpointError, match=message):
+        initialise(folder, tmp_path / "out")
+    assert sys.stdin.read() == "y\n"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_own_prompts_change_the_space_but_not_by_the_reason_prompt(checkpoint, model):

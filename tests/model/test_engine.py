@@ -36,6 +36,14 @@ def test_equals_a_full_forward_pass_in_input_order(model):
         np.testing.assert_allclose(vector, full_forward(model, text), atol=1e-5)
 
 
+def test_a_text_longer_than_the_model_reads_is_refused(model, monkeypatch):
+    turn = len(model.engine.prefix_ids("embed")) + len(model.engine.tails(["word " * 50], "embed", 40)[0]) + 1
+    monkeypatch.setattr(model.engine, "context", turn)
+    model.encode_documents(["a", "word " * 50], max_tokens=40)
+    with pytest.raises(DataError, match=rf"text number 2 and its prompt are {turn + 1} tokens, .*; cut texts at 40 "):
+        model.encode_documents(["a", "word " * 50], max_tokens=41)
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
 def test_batch_size_does_not_change_vectors(model, batch_tokens, monkeypatch):
     expected = model.encode_documents(TEXTS)

@@ -55,7 +55,7 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(model, checkpoint, tmp_p
     with pytest.raises(CheckpointError, match="gemma3 models are not known"):
         write(model, tmp_path / "unknown")
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="int8 model cannot be saved"):
+    with pytest.raises(CheckpointError, match="rounded to int8 cannot be saved"):
         write(SearchR3.from_pretrained(checkpoint, dtype="int8"), tmp_path / "int8")
     for part, value, message in [
         ("pre_tokenizer", None, "tokenizer of this kind"),

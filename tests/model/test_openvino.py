@@ -74,6 +74,8 @@ print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
 def test_what_is_wrong_is_named(folder, tmp_path):
     with pytest.raises(DataError, match="text number 2 is empty"):
         OpenVinoEncoder(folder).encode_queries(["a", "  "])
+    with pytest.raises(DataError, match="text number 2 is not UTF-8"):
+        OpenVinoEncoder(folder).encode_queries(["a", "a\udcff"])
     with pytest.raises(CheckpointError, match="precision fp8: choose from f32"):
         OpenVinoEncoder(folder, precision="fp8")
     with pytest.raises(CheckpointError, match="no such folder"):

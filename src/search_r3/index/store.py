@@ -41,14 +41,14 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 _SCHEMA = """
-CREATE TABLE documents (id TEXT PRIMARY KEY, hash BLOB NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-                        metadata TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE documents (id TEXT PRIMARY KEY, hash BLOB NOT NULL, title TEXT NOT NULL, metadata TEXT NOT NULL,
+                        text TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE passages (row INTEGER PRIMARY KEY, document TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL);
 CREATE INDEX passages_by_document ON passages (document);
 CREATE TABLE blocks (first INTEGER PRIMARY KEY, rows INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE state (file TEXT NOT NULL, rows INTEGER NOT NULL, generation INTEGER NOT NULL);
 """
-_PASSAGES = "SELECT row, id, text, title, metadata, start, stop FROM passages JOIN documents ON id = document"
+_PASSAGES = "SELECT row, document, start, stop FROM passages"
 
 _ADVICE = {  # by a part of SQLite's message
     "closed database": "open it again",
@@ -151,6 +151,7 @@ class Store:
     @classmethod
     def create(cls, folder: Path, manifest: StoreManifest) -> Store:
         """Make an empty store. Raises StoreError if the folder holds something already or cannot be written."""
+        folder = given_path(folder)
         try:
             with new_folder(folder) as temporary:
                 write_text(temporary / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
@@ -330,8 +331,9 @@ class Store:
 
     def get(self, rows: Sequence[int]) -> list[Passage]:
         """The passages of these rows, in the order asked."""
-        records = self._among(f"{_PASSAGES} WHERE row", np.asarray(rows).tolist())
-        found = {record[0]: _passage(record) for record in records}
+        records = list(self._among(f"{_PASSAGES} WHERE row", np.asarray(rows).tolist()))
+        documents = {d.id: d for d in self.documents(list({name for _, name, _, _ in records}))}
+        found = {row: Passage(documents[name], start, stop) for row, name, start, stop in records}
         return [found[row] for row in rows if row in found]
 
     def count(self, rows: Sequence[int] | np.ndarray) -> int:
@@ -348,9 +350,12 @@ class Store:
 
     def scan(self) -> Iterator[tuple[int, Passage]]:
         """All passages with their rows, in order of row, streamed."""
+        document: Document | None = None
         with self._errors():
-            for record in self._db.execute(f"{_PASSAGES} ORDER BY row"):
-                yield record[0], _passage(record)
+            for row, name, start, stop in self._db.execute(f"{_PASSAGES} ORDER BY row"):
+                if document is None or document.id != name:  # passages of a document lie together; it may be long
+                    (document,) = self.documents([name])
+                yield row, Passage(document, start, stop)
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """(rows,) bool: passages whose document's metadata is as wanted, in every field.
@@ -389,8 +394,10 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 lock.close()
-                message = f"{self.folder}: another process is writing to this index; wait until it ends"
-                raise StoreError(message) from error
+                why = f"cannot be locked ({error.strerror}); put the index on a disk that has file locks"
+                if isinstance(error, BlockingIOError):
+                    why = "another process is writing to this index; wait until it ends"
+                raise StoreError(f"{self.folder}: {why}") from error
             self._lock = lock
             try:
                 with self._access:
@@ -419,8 +426,8 @@ class Store:
             with self._transaction():
                 _, dead = self._forget([document.id for document in documents])
                 self._db.executemany(
-                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
-                    [(d.id, content_hash(d), d.title, d.text, _metadata(d)) for d in documents],
+                    "INSERT INTO documents (id, hash, title, metadata, text) VALUES (?, ?, ?, ?, ?)",
+                    [(d.id, content_hash(d), d.title, _metadata(d), d.text) for d in documents],
                 )
                 self._db.executemany(
                     "INSERT INTO passages VALUES (?, ?, ?, ?)",
@@ -578,11 +585,6 @@ def _age(path: Path) -> float:
 def _next() -> int:
     """A number for the next state that none had, not even one that a restored backup has undone."""
     return secrets.randbits(48)
-
-
-def _passage(record: tuple[Any, ...]) -> Passage:
-    _, name, text, title, metadata, start, stop = record
-    return Passage(_document(name, text, title, metadata), start, stop)
 
 
 def _document(name: str, text: str, title: str, metadata: str) -> Document:

@@ -32,6 +32,7 @@ EMBED_TOKEN = "<|embed_token|>"
 MANIFEST = "search_r3.json"
 FORMAT = 2
 AVERAGED = ", averaged with "  # between the two sources of a mean
+LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma
 OURS = ("base", "default")  # made on each machine, perhaps with another rounding: their hashes are not compared
 BASE = 2  # counts the ways in which the cached base was written; another number makes it anew
 
@@ -423,13 +424,27 @@ def _load_plain(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Pre
         raise CheckpointError(f"{folder}: no .safetensors weights; other formats can run code and are refused")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own types
         raise CheckpointError(f"{folder}: cannot load the model ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: needs a fast tokenizer (tokenizer.json)")
+    _check_family(folder, model.config.get_text_config())
     return model.eval(), tokenizer
+
+
+def _check_family(folder: Path, config: Any) -> None:
+    """Raises CheckpointError for what the engine cannot compute: states behind a prefix, or logits that are scaled."""
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    scaled = [name for name in LOGIT_SCALES if getattr(config, name, None) not in (None, 1)]
+    if layers or scaled:
+        what = f"has layers of {', '.join(sorted(layers))}" if layers else f"scales its logits ({scaled[0]})"
+        raise CheckpointError(
+            f"{folder}: {config.model_type} {what}; take a plain transformer, such as Qwen2.5 or Qwen3"
+        )
 
 
 def config_folder(source: str | Path) -> Path:

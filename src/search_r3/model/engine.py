@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from search_r3.errors import CheckpointError, DataError, refuse_string
+from search_r3.errors import CheckpointError, DataError, check_texts
 from search_r3.model.attention import NAME as PACKED_ATTENTION
 from search_r3.model.attention import Packed, packed_states
 from search_r3.model.cache import Prefix, take_prefix
@@ -58,6 +58,10 @@ class Engine:
         """For users' texts, in which control tokens are ordinary characters."""
         model.set_attn_implementation(PACKED_ATTENTION)
         self.backbone = model.get_decoder()
+        config = model.config.get_text_config()
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        self.context = min(filter(None, limits), default=None)
+        """Most tokens that the model reads, prompt included; None: not known."""
         self.device: torch.device = device or model.device
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 32768)
         self._prefixes: dict[ActName, tuple[int, Prefix]] = {}
@@ -71,14 +75,13 @@ class Engine:
 
     def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of users' texts, stripped at both ends. Control tokens written in them stay ordinary characters."""
-        refuse_string(texts)
+        check_texts(texts)
         if not texts:
             return []
         stripped = [text.strip() for text in texts]
-        for number, text in enumerate(stripped, 1):
-            if not _is_utf8(text):
-                raise DataError(f"text number {number} is not UTF-8; convert it")
-        return list(self.plain_tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        # Without `verbose`, no warning of lengths: what is too long is cut by those who ask.
+        encoded = self.plain_tokenizer(stripped, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(encoded["input_ids"])
 
     def prefix_ids(self, act: ActName) -> list[int]:
         """Tokens before the user's text."""
@@ -97,13 +100,20 @@ class Engine:
     def tails(self, texts: Sequence[str], act: ActName, max_tokens: int) -> list[list[int]]:
         """What follows the prefix, up to where the model speaks: text cut to `max_tokens`, then the suffix.
 
-        Raises DataError for an empty text, naming its position.
+        Raises DataError for an empty text, or one that is too long for the model, naming its position.
         """
         suffix = self.suffix_ids(act)
+        around = len(self.prefix_ids(act)) + len(suffix) + 1
         tails = []
         for number, ids in enumerate(self.plain_ids(texts)):
             if not ids:
                 raise DataError(f"text number {number + 1} is empty: there is nothing to embed; remove it or fill it")
+            whole = around + min(len(ids), max_tokens)
+            if self.context and whole > self.context:
+                raise DataError(
+                    f"text number {number + 1} and its prompt are {whole} tokens, of which the model reads "
+                    f"{self.context}; cut texts at {self.context - around} (max_tokens)"
+                )
             tails.append(ids[:max_tokens] + suffix)
         return tails
 
@@ -197,11 +207,3 @@ def _plain(tokenizer: PreTrainedTokenizerBase, embed_token_id: int) -> PreTraine
     plain = copy.deepcopy(tokenizer)
     plain.add_tokens([AddedToken(text, normalized=False, special=True) for text in bare], special_tokens=True)
     return plain
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # undecodable bytes, kept by Python as lone surrogates
-        return False
-    return True

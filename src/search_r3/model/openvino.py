@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search_r3.errors import CheckpointError, DataError, first_line, refuse_string
+from search_r3.errors import CheckpointError, DataError, check_texts, first_line
 from search_r3.extras import need
 from search_r3.files import new_folder, write_json, write_text
 
@@ -140,7 +140,7 @@ class OpenVinoEncoder:
         return self._encode(texts, self._limits["document"])
 
     def _encode(self, texts: Sequence[str], limit: int) -> np.ndarray:
-        refuse_string(texts)
+        check_texts(texts)
         tails = []
         encoded = self._tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
         for number, found in enumerate(encoded, 1):

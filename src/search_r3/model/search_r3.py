@@ -197,8 +197,12 @@ class SearchR3:
 
     def check_whole(self) -> None:
         """Raises CheckpointError for a model whose weights are no longer those of its checkpoint."""
-        if any("quantized" in type(part).__module__ for part in self.engine.model.modules()):
-            raise CheckpointError("an int8 model cannot be saved; load it with dtype float32 first")
+        quantised = any("quantized" in type(part).__module__ for part in self.engine.model.modules())
+        if quantised or self.engine.model.dtype != torch.float32:
+            raise CheckpointError(
+                f"a model rounded to {'int8' if quantised else self.engine.model.dtype} cannot be saved; load it with "
+                "dtype float32 first"
+            )
 
     def check_seams(self) -> None:
         """Raises CheckpointError if a text merges with the prompt around it where both are tokenised as one string."""

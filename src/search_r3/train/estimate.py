@@ -19,9 +19,9 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
 
     recipe = prepared.recipe
     folder = config_folder(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     parameters = model.num_parameters()
     linear = sum(
         part.in_features + part.out_features

@@ -148,7 +148,7 @@ def train(
 
 
 def _tied(name: str) -> bool:
-    config = AutoConfig.from_pretrained(config_folder(name))
+    config = AutoConfig.from_pretrained(config_folder(name), trust_remote_code=False)
     return bool(config.get_text_config().tie_word_embeddings)
 
 
