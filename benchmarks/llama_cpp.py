@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="default")
     parser.add_argument("--documents", type=int, default=60)
     args = parser.parse_args()
-    model = SearchR3.from_pretrained(args.checkpoint)
+    model = SearchR3.from_pretrained(args.checkpoint, dtype="float32")
     pages = [document.content for document in read_documents(DEMO)]
     texts = [text.strip() for text in pages[:: len(pages) // args.documents] + AWKWARD]
     prefix, end = model.engine.prefix_ids("embed"), model.engine.embed_token_id

@@ -16,21 +16,21 @@ from search_r3.train.data import HeldOut, dump, load_examples
 given, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
 (examples,), _ = load_examples([Source(path=str(given))], HeldOut({}, {}), Path())
 documents, queries = dict[str, str](), dict[str, str]()
-answers, negatives, thoughts = dict[str, set[str]](), dict[str, list[str]](), dict[str, str]()
+answers, negatives, thoughts = dict[str, set[str]](), dict[str, dict[str, None]](), dict[str, str]()
 for example in examples:
     query = hashlib.sha256(example.query.encode()).hexdigest()[:16]  # asked on several lines, it is one query
     queries[query] = example.query
     documents |= {passage.id[:16]: passage.text for passage in (example.positive, *example.negatives)}
     answers.setdefault(query, set()).add(example.positive.id[:16])
     if example.negatives:
-        negatives[query] = [passage.id[:16] for passage in example.negatives]
+        negatives.setdefault(query, {}).update({passage.id[:16]: None for passage in example.negatives})
     if example.thought:
         thoughts[query] = example.thought
 
 files = {
     "corpus.jsonl": [dump({"_id": name, "text": text}) for name, text in documents.items()],
     "queries.jsonl": [dump({"_id": name, "text": text}) for name, text in queries.items()],
-    "negatives.jsonl": [dump({"query_id": name, "negatives": found}) for name, found in negatives.items()],
+    "negatives.jsonl": [dump({"query_id": name, "negatives": list(found)}) for name, found in negatives.items()],
     "thoughts.jsonl": [dump({"query_id": name, "thought": text}) for name, text in thoughts.items()],
 }
 for split in ("train", "test"):  # names are hashes: their order is a random one

@@ -89,7 +89,7 @@ def checkpoint(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> SearchR3:
-    return SearchR3.from_pretrained(checkpoint)
+    return SearchR3.from_pretrained(checkpoint, dtype="float32")
 
 
 @pytest.fixture(autouse=True)

@@ -28,20 +28,23 @@ def test_scripts(name, words, checkpoint, tmp_path):
 
 
 def test_pairs_become_a_collection(tmp_path):
-    more = {"negative": "wrong", "thought": "a thought"}
-    pairs = [{"anchor": f"query {n // 2}", "positives": [f"text\u2028 {n}", "a text of all"]} | more for n in range(40)]
+    pairs = [
+        {"anchor": f"query {n // 2}", "positives": [f"text\u2028 {n}", "a text of all"], "negative": f"wrong {n % 2}"}
+        | {"thought": "a thought"}
+        for n in range(40)
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs))
     for _ in range(2):  # again is the same
         subprocess.run([sys.executable, EXAMPLES / "pairs.py", "pairs.jsonl", "mine"], check=True, cwd=tmp_path)
     trained, tested = (load_collection(tmp_path / "mine", split) for split in ("train", "test"))
-    assert len(trained.documents) == len(tested.documents) == 42
+    assert len(trained.documents) == len(tested.documents) == 43
     assert (len(trained.queries), len(tested.queries)) == (18, 2)
     assert not {query.text for query in trained.queries} & {query.text for query in tested.queries}
     assert all(len(judged) == 3 for judged in trained.judgements.values())
     source = Source(path="mine", negatives="mine/negatives.jsonl", thoughts="mine/thoughts.jsonl")
     (examples,), _ = load_examples([source], HeldOut({}, {}), tmp_path)
     assert {example.thought for example in examples} == {"a thought"}
-    assert {passage.text for example in examples for passage in example.negatives} == {"wrong"}
+    assert all({passage.text for passage in example.negatives} == {"wrong 0", "wrong 1"} for example in examples)
 
 
 def test_the_notebook_runs_from_top_to_bottom(checkpoint, monkeypatch):

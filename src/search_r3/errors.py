@@ -3,7 +3,7 @@
 The command line prints them as one line and exits with status 2; anything else is a bug and shows its traceback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
@@ -40,14 +40,16 @@ class TrainingError(SearchR3Error):
     """A recipe that cannot be run, or a run that cannot go on."""
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Raises TypeError for one text in place of several, DataError for one that cannot be tokenised."""
+def check_texts(texts: Iterable[str]) -> list[str]:
+    """The texts. Raises TypeError for one in place of several, DataError for one that cannot be tokenised."""
     refuse_string(texts)
+    texts = list(texts)
     for number, text in enumerate(texts, 1):
         try:
             text.encode()
         except UnicodeEncodeError:  # undecodable bytes, kept by Python as lone surrogates
             raise DataError(f"text number {number} is not UTF-8; convert it") from None
+    return texts
 
 
 def refuse_string(texts: object) -> None:

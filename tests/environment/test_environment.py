@@ -147,6 +147,7 @@ def test_a_step_that_fails_is_none():
                 with pytest.raises(IndexError):
                     environment.step(names, vectors)
             assert (environment.steps, environment.model_step, environment.last_audit) == (1, 1, None)
+            assert environment.ages.min() == 0
         environment.step(names, vectors)
     assert (environment.steps, environment.model_step) == (2, 2)
     assert environment.last_audit.model_step == 2

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from search_r3 import SearchR3
 from search_r3.errors import CheckpointError, DataError
 from search_r3.model.checkpoint import initialise
 from search_r3.model.embedding import embed
+from search_r3.model.engine import _context
 from search_r3.model.prompts import SystemPrompts
 from search_r3.model.reasoning import control_ids
 from search_r3.serve.app import _check_tokens
@@ -42,6 +43,19 @@ def test_a_text_longer_than_the_model_reads_is_refused(model, monkeypatch):
     model.encode_documents(["a", "word " * 50], max_tokens=40)
     with pytest.raises(DataError, match=rf"text number 2 and its prompt are {turn + 1} tokens, .*; cut texts at 40 "):
         model.encode_documents(["a", "word " * 50], max_tokens=41)
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        (Qwen2Config(max_position_embeddings=100), 100),
+        (Qwen2Config(max_position_embeddings=100, sliding_window=50, use_sliding_window=False), 100),
+        (Qwen2Config(max_position_embeddings=100, sliding_window=50, use_sliding_window=True, max_window_layers=2), 50),
+        (Qwen2Config(max_position_embeddings=9, rope_parameters={"rope_type": "yarn", "factor": 4.0}), None),
+    ],
+)
+def test_how_much_a_model_reads(config, context):
+    assert _context(config) == context
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])

@@ -152,6 +152,7 @@ class RetrievalEnvironment:
                 return self._step(index, query_ids, vectors, advanced)
             except BaseException:
                 self.steps, self.model_step = before  # the call again is the same step
+                np.minimum(index.encoded, self.model_step, out=index.encoded)
                 raise
 
     def _step(

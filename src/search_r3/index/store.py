@@ -333,7 +333,7 @@ class Store:
         """The passages of these rows, in the order asked."""
         records = list(self._among(f"{_PASSAGES} WHERE row", np.asarray(rows).tolist()))
         documents = {d.id: d for d in self.documents(list({name for _, name, _, _ in records}))}
-        found = {row: Passage(documents[name], start, stop) for row, name, start, stop in records}
+        found = {row: Passage(documents[name], start, stop) for row, name, start, stop in records if name in documents}
         return [found[row] for row in rows if row in found]
 
     def count(self, rows: Sequence[int] | np.ndarray) -> int:
@@ -354,8 +354,9 @@ class Store:
         with self._errors():
             for row, name, start, stop in self._db.execute(f"{_PASSAGES} ORDER BY row"):
                 if document is None or document.id != name:  # passages of a document lie together; it may be long
-                    (document,) = self.documents([name])
-                yield row, Passage(document, start, stop)
+                    document = next(iter(self.documents([name])), None)
+                if document is not None:  # else it was removed just now
+                    yield row, Passage(document, start, stop)
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """(rows,) bool: passages whose document's metadata is as wanted, in every field.

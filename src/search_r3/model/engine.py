@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,9 +58,7 @@ class Engine:
         """For users' texts, in which control tokens are ordinary characters."""
         model.set_attn_implementation(PACKED_ATTENTION)
         self.backbone = model.get_decoder()
-        config = model.config.get_text_config()
-        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-        self.context = min(filter(None, limits), default=None)
+        self.context = _context(model.config.get_text_config())
         """Most tokens that the model reads, prompt included; None: not known."""
         self.device: torch.device = device or model.device
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 32768)
@@ -75,7 +73,7 @@ class Engine:
 
     def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of users' texts, stripped at both ends. Control tokens written in them stay ordinary characters."""
-        check_texts(texts)
+        texts = check_texts(texts)
         if not texts:
             return []
         stripped = [text.strip() for text in texts]
@@ -190,6 +188,15 @@ class Engine:
                 self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
                 cached = self._prefixes[act] = (version, take_prefix(cache))
         return cached[1]
+
+
+def _context(config: Any) -> int | None:
+    """Positions that a model was made for, or its attention's window; not told where positions are stretched."""
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    positions = None if stretched else getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None) if slides else None
+    return min(filter(None, (positions, window)), default=None)
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, embed_token_id: int) -> PreTrainedTokenizerBase:

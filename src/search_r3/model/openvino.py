@@ -140,7 +140,7 @@ class OpenVinoEncoder:
         return self._encode(texts, self._limits["document"])
 
     def _encode(self, texts: Sequence[str], limit: int) -> np.ndarray:
-        check_texts(texts)
+        texts = check_texts(texts)
         tails = []
         encoded = self._tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
         for number, found in enumerate(encoded, 1):

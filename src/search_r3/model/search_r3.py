@@ -218,7 +218,10 @@ class SearchR3:
                 )
 
     def save_pretrained(self, folder: str | Path) -> Manifest:
-        """Write the model (an adapter merged) as a plain checkpoint folder. Raises FileExistsError if it exists."""
+        """Write the model (an adapter merged) as a plain checkpoint folder.
+
+        Raises FileExistsError if it exists, CheckpointError for a model that was not loaded in float32.
+        """
         manifest, model = self.manifest, self.engine.model
         self.check_whole()
         return save(

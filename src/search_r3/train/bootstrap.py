@@ -209,6 +209,7 @@ def _check_settings(output: Path, settings: dict[str, Any], begun: bool) -> None
         raise DataError(f"{output}: {path.name} does not tell how it was made ({error}); remove both") from error
     if changed:
         raise DataError(f"{output}: was made with another {', '.join(changed)}; restore that, or remove the file")
+    write_json(path, settings | before)
 
 
 def _done(output: Path) -> dict[str, dict[str, Any]]:
