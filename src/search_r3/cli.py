@@ -342,7 +342,7 @@ def _filters(given: list[str]) -> dict[str, Any]:
         if bound:
             wanted[bound] = value
         else:  # a quoted value is text and nothing else
-            wanted += [value] if value is text or isinstance(value, str) else [text, value]
+            wanted += [value] if isinstance(value, str) else [text, value]
     return filters
 
 

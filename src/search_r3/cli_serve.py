@@ -111,25 +111,25 @@ def serve(
     if checkpoint and not create:
         raise DataError("--checkpoint is for --create: an index is served by the model that made it; leave it out")
     folders = [given_path(folder) for folder in folders]
-    new = [folder for folder in folders if create and vacant(folder)]
+    manifests = {}
     for folder in folders:  # a folder that is no index fails before a model is loaded
-        if folder not in new:
-            Store.open(folder, verify=False).close()
+        if not (create and vacant(folder)):
+            with Store.open(folder, verify=False) as store:
+                manifests[folder] = store.manifest
     models: dict[tuple[str, str, int], SearchR3] = {}
     with ExitStack() as stack, _bind(host, port) as listening:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that does not read is cut off, and what it did not read is freed.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
-        if new:
+        if new := [folder for folder in folders if folder not in manifests]:
             model = load_model(checkpoint or "default", precision, device, None, prompt_file, embed_token)
             for folder in new:
                 with Retriever.create(folder, model) as made:
-                    stored = made.store.manifest
+                    stored = manifests[folder] = made.store.manifest
                 models[stored.checkpoint, stored.fingerprint, stored.dimension] = model
         served = []
         for name, folder in zip(names, folders, strict=True):
-            with Store.open(folder, verify=False) as store:
-                stored = store.manifest
+            stored = manifests[folder]
             space = stored.checkpoint, stored.fingerprint, stored.dimension
             if space not in models:
                 models[space] = load_model(

@@ -78,8 +78,8 @@ def bootstrap(
     done = _done(output)
     settings = asdict(how) | {"split": split, "documents": documents, "model": model.fingerprint}
     told = (writer or model).manifest
-    settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json")}
-    settings["dtype"] = [str(one.engine.model.dtype) for one in (model, writer or model)]
+    dtypes = [str(one.engine.model.dtype) for one in (model, writer or model)]
+    settings |= {"writer": told.weights_sha256, "prompts": told.prompts.model_dump(mode="json"), "dtype": dtypes}
     _check_settings(output, settings, bool(done))
     control = control_ids((writer or model).engine)
     names = {query.id for query in collection.queries}
