@@ -6,6 +6,7 @@ import atexit
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,7 @@ def sft(
         report = estimate(prepared)
         print_json(report) if json_ else out.print_json(data=report)
         return
-    with interruptible(f"what was saved is in {output}; go on with --resume"):
+    with interruptible(f"what was saved is in {output}; go on with --resume"), redirect_stdout(sys.stderr):
         folder = run(prepared, output, resume=resume, change=allow_change, progress=not json_)
     _say_done(folder, json_)
 
@@ -128,7 +129,7 @@ def rl(
         }
         print_json(report) if json_ else out.print_json(data=report)
         return
-    with interruptible(f"what was saved is in {output}; go on with --resume"):
+    with interruptible(f"what was saved is in {output}; go on with --resume"), redirect_stdout(sys.stderr):
         folder = run(prepared, output, resume=resume, change=allow_change, progress=not json_)
     _say_done(folder, json_)
 
